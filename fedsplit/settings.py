@@ -1,0 +1,196 @@
+"""Every key of the core: its type, default, range and one-line help.
+
+A field `per_round` of section `devices` is the key `devices.per-round`. The keys of the pieces are
+the fields of the piece itself (`fedsplit/places.py`); `fedsplit keys` prints both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedsplit.types import knob
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the devices hold."""
+
+    source: str = knob("digits", "'digits', a folder with train.parquet and test.parquet, or a Hugging Face data set name")
+    partition: str = knob("dirichlet", "how samples are dealt to devices: a name of fedsplit.data.partitions.PARTITIONS")
+    alpha: float = knob(0.3, "Dirichlet concentration; smaller is less equal", low=1e-6)
+    classes_per_device: int = knob(2, "classes a device holds (partition 'pathological')", low=1)
+    shards_per_device: int = knob(2, "label-sorted shards a device holds (partition 'shard')", low=1)
+    sizes: str = knob("", "samples per device, comma-separated (partition 'size')")
+    min_samples: int = knob(2, "fewest training samples a device may hold", low=1)
+    long_tail: float = knob(1.0, "imbalance factor IF: class c keeps n_max * IF^(-c/(K-1)) samples; 1.0 is off", low=1.0)
+    allow_missing_classes: bool = knob(False, "go on when no device holds a class of the test set")
+    limit: int = knob(0, "use only the first so many training samples; 0 is all", low=0)
+    test_limit: int = knob(0, "use only the first so many test samples; 0 is all", low=0)
+    resize: bool = knob(True, "scale images to the model's input size; false refuses another size")
+    augment: str = knob("none", "training augmentation", choices=("none", "flip", "crop-flip"))
+    local_test: float = knob(0.0, "fraction of a device's samples held out for its personalised accuracy", low=0.0, high=0.9)
+    select: str = knob("", "sample selectors, combined by 'and'; empty keeps all")
+    cache: str = knob("", "folder for decoded images; empty is the user's cache folder")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The backbone."""
+
+    name: str = knob("fedsplit_micro", "a model shipped with fedsplit or a timm ViT name (vit_*, deit_*)")
+    pretrained: bool = knob(True, "start from pre-trained weights (shipped, or timm's from the hub)")
+    checkpoint: str = knob("", "a .safetensors or .pth state dict to start from; the classifier may differ")
+    image_size: int = knob(0, "input height and width in pixels; 0 is the model's own", low=0)
+    pool: str = knob("", "pooling before the classifier; empty is the model's own", choices=("", "token", "avg"))
+    dropout: float = knob(0.0, "dropout after position embedding and in every projection", low=0.0, high=0.99)
+    drop_path: float = knob(0.0, "stochastic depth rate of the last block", low=0.0, high=0.99)
+
+
+@dataclass(frozen=True)
+class CutKeys:
+    """Where the model is cut, and who holds which part."""
+
+    front: int = knob(2, "blocks at the client before the body", low=0)
+    tail: int = knob(0, "blocks at the client after the body", low=0)
+    shape: str = knob(
+        "u-shape",
+        "'u-shape' keeps labels and tail at the client, 'vanilla' gives both to the server, 'none' does not split",
+        choices=("u-shape", "vanilla", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server's side of the split."""
+
+    schedule: str = knob(
+        "splitfed-v1",
+        "'splitfed-v1' a body per client, averaged; 'splitfed-v2' one body, clients in turn; 'sequential' clients in turn, all handed over",
+        choices=("splitfed-v1", "splitfed-v2", "sequential"),
+    )
+    optimizer: str = knob(
+        "keep",
+        "state of the shared server optimiser of v2 and sequential: 'keep' it, or start anew every 'round' or 'step'",
+        choices=("keep", "round", "step"),
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimiser of every part that trains; its state starts anew every round."""
+
+    name: str = knob("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    lr: float = knob(0.03, "learning rate", low=0.0)
+    momentum: float = knob(0.9, "momentum (sgd) or beta1 (adam, adamw)", low=0.0, high=0.9999)
+    weight_decay: float = knob(0.0, "weight decay", low=0.0)
+    schedule: str = knob("constant", "learning rate over rounds: a name of fedsplit.control.SCHEDULES")
+    warmup: int = knob(0, "rounds of linear warm-up", low=0)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a client does in one round."""
+
+    epochs: int = knob(1, "passes over the kept samples", low=0)
+    batch_size: int = knob(32, "samples per step", low=1)
+    max_steps: int = knob(0, "at most so many steps a round; 0 is no limit", low=0)
+
+
+@dataclass(frozen=True)
+class Front:
+    """Pieces of the client's first part."""
+
+    edits: str = knob("", "pieces that change the front at build, in order")
+    penalties: str = knob("", "pieces that add a term to the loss of the front, summed")
+
+
+@dataclass(frozen=True)
+class Body:
+    """Pieces of the server's part."""
+
+    edits: str = knob("", "pieces that change the backbone at build, in order (lora)")
+    plans: str = knob("", "pieces that say which units run, combined by minimum; empty runs all")
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Codecs of the six streams, chained in order; empty is identity."""
+
+    activations_up: str = knob("", "codecs for activations, client to server")
+    activations_down: str = knob("", "codecs for activations, server to client")
+    gradients_up: str = knob("", "codecs for gradients, client to server")
+    gradients_down: str = knob("", "codecs for gradients, server to client")
+    parameters_up: str = knob("", "codecs for parameters, client to server")
+    parameters_down: str = knob("", "codecs for parameters, server to client")
+
+
+@dataclass(frozen=True)
+class Share:
+    """How client parts become one model."""
+
+    merge: str = knob("fedavg", "aggregation rule: a name of fedsplit.share.MERGES")
+    proximal: str = knob("", "pieces that pull local weights to the round's global ones (fedprox)")
+    quorum: float = knob(0.5, "fraction of a round's clients that must succeed", low=0.0, high=1.0)
+    below_quorum: str = knob("repeat", "'repeat' the round with other clients or 'stop' the run, which can be resumed", choices=("repeat", "stop"))
+    attempts: int = knob(3, "attempts at one round before the run stops", low=1)
+    max_update_bytes: int = knob(0, "largest update accepted, in bytes; 0 is twice the honest size", low=0)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The fleet. One uniform profile; 0 means infinitely fast, or free."""
+
+    count: int = knob(0, "number of devices; 0 is 10 in process and Flower's num-supernodes when that is set", low=0)
+    per_round: int = knob(0, "devices sampled a round; 0 is all", low=0)
+    flops_per_s: float = knob(0.0, "training rate of a device in FLOP/s, for the virtual clock; 0 is infinite", low=0.0)
+    server_flops_per_s: float = knob(0.0, "training rate of the server in FLOP/s; 0 is infinite", low=0.0)
+    up_bytes_per_s: float = knob(0.0, "upload bandwidth of a device in bytes/s; 0 is infinite", low=0.0)
+    down_bytes_per_s: float = knob(0.0, "download bandwidth of a device in bytes/s; 0 is infinite", low=0.0)
+    latency_s: float = knob(0.0, "one-way latency of a message in seconds", low=0.0)
+    active_w: float = knob(0.0, "power of a device while it computes or transmits, in watts", low=0.0)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What is measured."""
+
+    every: int = knob(1, "evaluate the global model on the central test set every so many rounds (and after the last)", low=1)
+    per_client: bool = knob(False, "also test each client's own model on its held-out samples (needs data.local-test)")
+    batch_size: int = knob(256, "samples per evaluation step", low=1)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the work is run; none of these changes a result."""
+
+    workers: int = knob(1, "processes that run clients in process; 1 is this process", low=1)
+    timeout_s: float = knob(3600.0, "seconds after which a client of a Flower round counts as failed", low=1.0)
+    checkpoint_every: int = knob(1, "rounds between checkpoints", low=1)
+    faults: str = knob("", "inject faults for testing: kind:client[@round], comma-separated; kinds: fedsplit.runtime.faults.KINDS")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run, without the keys of the pieces."""
+
+    name: str = knob("run", "name of the run, part of its folder")
+    seed: int = knob(0, "decides every random draw", low=0)
+    rounds: int = knob(5, "rounds of the run", low=1)
+    out: str = knob("", "run folder; empty is runs/<time>-<name>, under the user's home for flwr run")
+    resume: str = knob("", "run folder to continue")
+    train: str = knob("all", "what trains: front, body, tail, head, norms, biases, lora, all; comma-separated")
+    device: str = knob("cpu", "where tensors live: cpu, cuda or auto", choices=("cpu", "cuda", "auto"))
+    threads: int = knob(1, "torch threads of every process; results depend on it", low=1)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    cut: CutKeys = field(default_factory=CutKeys)
+    server: Server = field(default_factory=Server)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    local: Local = field(default_factory=Local)
+    front: Front = field(default_factory=Front)
+    body: Body = field(default_factory=Body)
+    wire: Wire = field(default_factory=Wire)
+    share: Share = field(default_factory=Share)
+    devices: Devices = field(default_factory=Devices)
+    eval: Eval = field(default_factory=Eval)
+    engine: Engine = field(default_factory=Engine)

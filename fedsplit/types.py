@@ -1,0 +1,183 @@
+"""The words of fedsplit, one per idea, as types.
+
+Axes: B batch, N tokens, C channels, H heads, D head size, L blocks, U units, M micro-batches.
+Units: a name that ends in `_bytes`, `_s`, `_flops` or `_j` is in bytes, seconds, FLOPs or joules.
+
+*front*: patch embedding and first blocks, at the client. *body*: middle blocks, at the server.
+*tail*: last blocks if any, norm and classifier (with the loss), at the client when U-shaped.
+*cut*: an address between blocks. *up*: client to server. *down*: server to client.
+*keep*: a kept fraction, 1.0 is off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Scalar = int | float | bool | str
+Tensors = dict[str, Tensor]
+Stream = Literal[
+    "activations-up",
+    "activations-down",
+    "gradients-up",
+    "gradients-down",
+    "parameters-up",
+    "parameters-down",
+]
+STREAMS: tuple[Stream, ...] = (
+    "activations-up",
+    "activations-down",
+    "gradients-up",
+    "gradients-down",
+    "parameters-up",
+    "parameters-down",
+)
+
+
+class FedsplitError(Exception):
+    """Something the user can mend. The message is one sentence that says how."""
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field that is also a config key: default, one-line help, inclusive range."""
+    meta = {"help": help, "low": low, "high": high, "choices": tuple(choices) if choices else None}
+    return field(default=default, metadata=meta)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """`"a, b"` as `("a", "b")`; empty entries are dropped."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class Op(IntEnum):
+    """What one unit of one block does for one micro-batch; plans combine by minimum."""
+
+    SKIP = 0
+    FORWARD = 1
+    FULL = 2
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the model is cut: `front` blocks at the client, `tail` blocks last, of `depth`."""
+
+    front: int
+    tail: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        if self.front < 0 or self.tail < 0 or self.front + self.tail > self.depth:
+            raise FedsplitError(
+                f"cut.front={self.front} and cut.tail={self.tail} do not fit a model of "
+                f"{self.depth} blocks: their sum must be between 0 and {self.depth}."
+            )
+
+    @property
+    def body(self) -> range:
+        """Global numbers of the body's blocks."""
+        return range(self.front, self.depth - self.tail)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images `x` (B, 3, height, width) float32, labels `y` (B,) int64, sample `ids` (B,) int64."""
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled image set: `pixels` (S, height, width, 3) uint8, `labels` (S,) int64.
+
+    `pixels` may be memory-mapped and must not be written to. `groups` (S,) is the natural
+    identifier of a sample (a writer, a camera) where the source has one.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.str_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A train and a test set with the names of their classes."""
+
+    name: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work in one round, as the server sends it.
+
+    `down` is the serialised parameter frame that crosses the wire. `server` is the state of the
+    client's server-side part (body parameters, server optimiser): it stays at the server in a
+    deployment, travels only inside a simulation, and is never counted.
+    """
+
+    client: int
+    round: int
+    attempt: int
+    down: bytes
+    server: bytes
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client's round gives back; `up` and `server` mirror those of `Job`."""
+
+    client: int
+    samples: int
+    up: bytes
+    server: bytes
+    report: Report
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not finish its round, and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one client's round; sums over its steps unless the name says otherwise."""
+
+    steps: int = 0
+    kept_samples: int = 0
+    train_loss: float = 0.0
+    personal_accuracy: float | None = None
+    personal_samples: int = 0
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    client_flops: int = 0
+    server_flops: int = 0
+    client_peak_bytes: int = 0
+    server_peak_bytes: int = 0
+    wall_s: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a message or a CSV row."""
+        return dataclasses.asdict(self) | {"bytes": dict(self.bytes)}
