@@ -1,0 +1,155 @@
+"""Where images come from: scikit-learn's digits, a folder of Parquet files, the Hugging Face hub.
+
+Decoded pixels are cached, memory-mapped and read-only, under a name that says what decides them:
+a file's path, time and size, the image size, the limit. A hub data set goes by its name: once
+decoded it needs no hub; delete the cache folder to fetch it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsplit import rng
+from fedsplit.data import decode, hub, parquet, store
+from fedsplit.data.raw import Raw, missing_package
+from fedsplit.settings import Data
+from fedsplit.types import DataSet, FedsplitError, Images
+
+log = logging.getLogger(__name__)
+DIGITS_TRAIN = 1200
+
+
+def load(settings: Data, image_size: int) -> DataSet:
+    """The image set `settings.source`: `pixels` (S, image_size, image_size, 3) uint8 RGB, `labels` (S,).
+
+    `settings.limit` and `settings.test_limit` take a prefix; the classes are those of the whole set.
+
+    Raises:
+        FedsplitError: a source, file, column or row that cannot be used, and how to mend it.
+    """
+    try:
+        return _load(settings, image_size)
+    except ModuleNotFoundError as error:
+        raise missing_package(error, f"data.source='{settings.source}'") from error
+
+
+def _load(settings: Data, image_size: int) -> DataSet:
+    if settings.source == "digits":
+        return _digits(settings, image_size)
+    path = Path(settings.source).expanduser()
+    if path.exists() or settings.source.startswith(("/", ".", "~")):
+        return _folder(settings, path.resolve(), image_size)
+    return _hub(settings, image_size)
+
+
+def _digits(settings: Data, size: int) -> DataSet:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels: a fixed stratified split, 1,200 train and 597 test.
+
+    Both parts are in a fixed shuffled order that depends on no library's random generator, so a
+    prefix is a fair sample.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    labels = found.target.astype(np.int64)
+    order = np.asarray(sorted(range(len(labels)), key=lambda row: rng.key(0, "digits", row)))
+    # Position within the class, as a share of it: the smallest shares are a stratified sample.
+    share = np.empty(len(labels))
+    for digit in range(10):
+        members = order[labels[order] == digit]
+        share[members] = (np.arange(len(members)) + 0.5) / len(members)
+    first = np.zeros(len(labels), dtype=bool)
+    first[order[np.argsort(share[order], kind="stable")[:DIGITS_TRAIN]]] = True
+
+    def part(mask: npt.NDArray[np.bool_], limit: int) -> Images:
+        rows = order[mask[order]][: limit or None]
+        grey = np.round(found.images[rows] * (255 / 16)).astype(np.uint8)
+        pixels = np.empty((len(rows), size, size, 3), np.uint8)
+        for slot, image in enumerate(grey):
+            pixels[slot] = decode.scaled(Image.fromarray(image), size, settings.resize, "digits")
+        pixels.setflags(write=False)
+        return Images(pixels, labels[rows])
+
+    classes = tuple(str(digit) for digit in range(10))
+    return DataSet("digits", part(first, settings.limit), part(~first, settings.test_limit), classes)
+
+
+def _folder(settings: Data, path: Path, size: int) -> DataSet:
+    if path.is_file():
+        raise FedsplitError(
+            f"data.source='{path}' is a file; give the folder that holds it, with train.parquet and test.parquet."
+        )
+    train_file, test_file = parquet.files(path)
+    train, classes = _split(settings, _mark(train_file), settings.limit, size, lambda: parquet.read(train_file))
+    mark = (*_mark(test_file), classes)
+    test, _ = _split(settings, mark, settings.test_limit, size, lambda: parquet.read(test_file, classes))
+    return DataSet(path.name, train, test, classes)
+
+
+def _hub(settings: Data, size: int) -> DataSet:
+    fetched: list[tuple[Raw, Raw]] = []
+
+    def read(which: int) -> Raw:
+        if not fetched:
+            fetched.append(hub.read(settings.source))
+        return fetched[0][which]
+
+    train, classes = _split(settings, ("hub", settings.source, "train"), settings.limit, size, lambda: read(0))
+    test, _ = _split(settings, ("hub", settings.source, "test"), settings.test_limit, size, lambda: read(1))
+    return DataSet(settings.source, train, test, classes)
+
+
+def _mark(file: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another."""
+    state = file.stat()
+    return str(file), state.st_mtime_ns, state.st_size
+
+
+def _split(
+    settings: Data, mark: tuple[Any, ...], limit: int, size: int, read: Callable[[], Raw]
+) -> tuple[Images, tuple[str, ...]]:
+    """One split, from the cache when it is there; `read` is called only when it is not."""
+    folder = store.folder(settings.cache)
+    name = store.digest("images-1", *mark, limit, size, settings.resize)
+    arrays, pixels = (folder / f"{name}.npz", folder / f"{name}.npy") if folder else (None, None)
+    if arrays and pixels and (kept := _from_cache(arrays, pixels, size)):
+        return kept
+    raw = read()
+    count = min(limit or len(raw.labels), len(raw.labels))
+    groups = None if raw.groups is None else raw.groups[:count]
+    log.info("decoding %d images of %s to %d x %d pixels, once", count, raw.where, size, size)
+    chunks = decode.chunks(raw.blobs(count), size, settings.resize, raw.where)
+    shape = (count, size, size, 3)
+    if arrays and pixels and store.save_stream(pixels, shape, chunks):
+        more = {} if groups is None else {"groups": groups}
+        store.save_arrays(arrays, labels=raw.labels[:count], classes=np.asarray(raw.classes), **more)
+        if kept := _from_cache(arrays, pixels, size):
+            return kept
+    chunks = decode.chunks(raw.blobs(count), size, settings.resize, raw.where)
+    return Images(_in_memory(shape, chunks), raw.labels[:count], groups), raw.classes
+
+
+def _from_cache(arrays: Path, pixels: Path, size: int) -> tuple[Images, tuple[str, ...]] | None:
+    meta = store.load_arrays(arrays)
+    found = store.load_stream(pixels, (size, size, 3))
+    if meta is None or found is None or not {"labels", "classes"} <= meta.keys() or len(meta["labels"]) != len(found):
+        return None
+    classes = tuple(str(name) for name in meta["classes"])
+    return Images(found, meta["labels"], meta.get("groups")), classes
+
+
+def _in_memory(shape: tuple[int, ...], chunks: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    made = np.empty(shape, np.uint8)
+    start = 0
+    for chunk in chunks:
+        made[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    made.setflags(write=False)
+    return made
