@@ -1,0 +1,75 @@
+"""The body in this process: the server's side of one client's steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsplit.front.vit import Part
+from fedsplit.metrics.memory import Meter
+from fedsplit.optim import PartOptimizer
+from fedsplit.step import Plan
+from fedsplit.tail.losses import cross_entropy
+from fedsplit.wire.link import Link
+
+
+@dataclass
+class LocalBody:
+    """Body (and, when vanilla, tail) with its optimiser and its end of the wire.
+
+    `trains` says whether a parameter here trains, `client_trains` whether the client's front waits
+    for a gradient; with neither, no graph is kept.
+    """
+
+    body: Part
+    tail: Part | None
+    link: Link
+    optimizer: PartOptimizer
+    trains: bool
+    client_trains: bool
+    meter: Meter = field(default_factory=Meter)
+    _u: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    _v: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+
+    def forward(self, activations: bytes, noise: int, plan: Plan | None) -> bytes:
+        """Activations (B, N, C) through the body; the graph stays here until `backward`."""
+        self._u = self._receive(activations)["x"]
+        with torch.set_grad_enabled(self.trains or self.client_trains), self.meter:
+            self._v = self.body(self._u, noise, plan)
+        return self.link.encode("activations-down", {"x": self._v})
+
+    def backward(self, gradients: bytes) -> bytes:
+        """Gradient (B, N, C) at the output in, gradient at the cut out; the body learns on the way."""
+        self.optimizer.zero_grad()
+        gradient = self.link.decode("gradients-up", gradients)["x"].to(self._v.device)
+        if self._v.requires_grad:
+            torch.autograd.backward([self._v], [gradient])
+        return self._finish()
+
+    def learn(self, activations: bytes, noise: int, plan: Plan | None) -> tuple[bytes, float]:
+        """Vanilla split: forward, loss and backward in one exchange."""
+        assert self.tail is not None
+        self.optimizer.zero_grad()
+        received = self._receive(activations)
+        self._u = received["x"]
+        with torch.set_grad_enabled(True), self.meter:
+            loss = cross_entropy(self.tail(self.body(self._u, noise, plan), noise), received["labels"])
+        if loss.requires_grad:
+            loss.backward()
+        return self._finish(), loss.item()
+
+    def _receive(self, frame: bytes) -> dict[str, Tensor]:
+        device = next((p.device for p in self.body.parameters()), torch.device("cpu"))
+        if self.tail is not None:
+            device = next(self.tail.parameters()).device
+        received = {name: x.to(device) for name, x in self.link.decode("activations-up", frame).items()}
+        received["x"].requires_grad_(self.client_trains)
+        return received
+
+    def _finish(self) -> bytes:
+        self.optimizer.step()
+        if not self.client_trains or self._u.grad is None:
+            return b""
+        return self.link.encode("gradients-down", {"x": self._u.grad})

@@ -1,0 +1,1 @@
+"""The fleet: what a device's round costs, and the virtual clock."""

@@ -1,0 +1,177 @@
+"""Backbones: the shipped micro ViT and every timm `VisionTransformer`, by name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from fedsplit import assets
+from fedsplit.rng import key
+from fedsplit.settings import Model
+from fedsplit.types import FedsplitError, Tensors
+
+SHIPPED: dict[str, dict[str, Any]] = {
+    "fedsplit_micro": {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 96,
+        "depth": 8,
+        "num_heads": 6,
+        "class_token": False,
+        "global_pool": "avg",
+    },
+}
+SHIPPED_MEAN = SHIPPED_STD = (0.5, 0.5, 0.5)
+CLASSIFIER = ("head.", "head_dist.")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ViT and what its input must look like: `image_size` pixels square, channels scaled by `mean` and `std`."""
+
+    vit: nn.Module
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(cast(nn.Sequential, self.vit.blocks))
+
+
+def create(settings: Model, classes: int, seed: int) -> Backbone:
+    """The backbone with a new classifier for `classes` classes, the same for the same seed.
+
+    Raises:
+        FedsplitError: an unknown or unsupported model, an image size it cannot take, or weights
+            that are missing or do not fit.
+    """
+    torch.manual_seed(key(seed, "model"))
+    vit = _shipped(settings, classes) if settings.name in SHIPPED else _from_timm(settings, classes)
+    if settings.checkpoint:
+        load_weights(vit, Path(settings.checkpoint))
+    if settings.name in SHIPPED:
+        mean, std = SHIPPED_MEAN, SHIPPED_STD
+    else:
+        mean, std = (tuple(vit.pretrained_cfg[name]) for name in ("mean", "std"))
+    return Backbone(vit, vit.patch_embed.img_size[0], mean, std)
+
+
+def input_size(settings: Model) -> int:
+    """Input height and width in pixels, known before the weights are built.
+
+    Raises:
+        FedsplitError: the name is unknown.
+    """
+    if settings.image_size:
+        return settings.image_size
+    if settings.name in SHIPPED:
+        return int(SHIPPED[settings.name]["img_size"])
+    config = timm.get_pretrained_cfg(_timm_name(settings))
+    return int(config.input_size[-1]) if config else 224
+
+
+def load_weights(vit: nn.Module, path: Path) -> None:
+    """Load a state dict; position embeddings are resampled, another classifier is left out.
+
+    Raises:
+        FedsplitError: the file cannot be read, or its tensors do not fit the model.
+    """
+    state = checkpoint_filter_fn(read_weights(path), cast(VisionTransformer, vit))
+    own = vit.state_dict()
+    for name in [name for name in state if name.startswith(CLASSIFIER)]:
+        if name not in own or own[name].shape != state[name].shape:
+            del state[name]
+    wrong = [name for name in own if not name.startswith(CLASSIFIER) and _shape(state, name) != own[name].shape]
+    if wrong or set(state) - set(own):
+        odd = sorted({*wrong, *(set(state) - set(own))})
+        raise FedsplitError(
+            f"{path} does not fit the model ({len(odd)} tensors differ, first '{odd[0]}'); "
+            "set model.name to the model it was saved from."
+        )
+    vit.load_state_dict(state, strict=False)
+
+
+def read_weights(path: Path) -> Tensors:
+    """A state dict from a .safetensors or torch file; torch files are read without executing code."""
+    if not path.is_file():
+        raise FedsplitError(f"model.checkpoint: there is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FedsplitError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise FedsplitError(f"{path} holds no state dict of tensors.")
+    return state
+
+
+def _shipped(settings: Model, classes: int) -> Any:
+    shape = SHIPPED[settings.name] | ({"img_size": settings.image_size} if settings.image_size else {})
+    if settings.pool not in ("", "avg"):
+        raise FedsplitError(f"{settings.name} has no class token; set model.pool to '' or 'avg'.")
+    vit = _build(settings, lambda **more: VisionTransformer(num_classes=classes, **shape, **more))
+    if settings.pretrained and not settings.checkpoint:
+        load_weights(vit, assets.locate(f"{settings.name}.safetensors"))
+    return vit
+
+
+def _from_timm(settings: Model, classes: int) -> Any:
+    name = _timm_name(settings)
+    shape: dict[str, Any] = {"img_size": settings.image_size} if settings.image_size else {}
+    if settings.pool:
+        shape["global_pool"] = settings.pool
+    pretrained = settings.pretrained and not settings.checkpoint
+    vit = _build(
+        settings, lambda **more: timm.create_model(name, pretrained=pretrained, num_classes=classes, **shape, **more)
+    )
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+        raise FedsplitError(
+            f"model.name '{name}' is a {type(vit).__name__}; fedsplit cuts plain ViTs (timm's vit_* and deit_*)."
+        )
+    return vit
+
+
+def _timm_name(settings: Model) -> str:
+    name = settings.name.removeprefix("timm/")
+    if timm.is_model(name.split(".")[0]):
+        return name
+    near = difflib.get_close_matches(name, [*SHIPPED, *timm.list_models(["vit_*", "deit*"])], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise FedsplitError(
+        f"model.name '{settings.name}' is neither shipped ({', '.join(SHIPPED)}) nor known to timm{hint}"
+    )
+
+
+def _build(settings: Model, make: Any) -> Any:
+    rates = {
+        "pos_drop_rate": settings.dropout,
+        "proj_drop_rate": settings.dropout,
+        "drop_path_rate": settings.drop_path,
+    }
+    try:
+        return make(**{name: rate for name, rate in rates.items() if rate})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise FedsplitError(f"{settings.name} cannot be built with these model settings: {error}.") from None
+    except (OSError, RuntimeError) as error:
+        raise FedsplitError(
+            f"The pre-trained weights of {settings.name} could not be had ({type(error).__name__}); "
+            "set model.pretrained=false, or model.checkpoint to a file, or go online."
+        ) from None
+
+
+def _shape(state: Tensors, name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None

@@ -1,0 +1,1 @@
+"""What is measured: quality of the model, memory and FLOPs of its parts."""

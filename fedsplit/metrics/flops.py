@@ -1,0 +1,78 @@
+"""FLOPs of one sample in one training step, by torch's own counter on tensors without data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsplit.front.vit import Part, split
+from fedsplit.types import Cut
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs per sample (a multiply and an add are two), forward and backward, by part.
+
+    The backward pass is counted for what trains: nothing runs below the lowest trained parameter.
+    """
+
+    front: int
+    body: int
+    tail: int
+
+    @property
+    def total(self) -> int:
+        """All three parts."""
+        return self.front + self.body + self.tail
+
+
+def step_flops(vit: nn.Module, cut: Cut, image_size: int) -> StepFlops:
+    """Count one sample's training step with the parameters that now require gradients.
+
+    Attention is counted as its two matrix products, whichever kernel runs; recomputation inside
+    fused kernels is not counted.
+    """
+    ghost = copy.deepcopy(vit).to("meta")
+    for module in ghost.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+    parts = split(ghost, cut)
+    parts.train()
+    x = torch.empty(1, 3, image_size, image_size, device="meta")
+    front_trains = any(p.requires_grad for p in parts.front.named().values())
+    body_trains = any(p.requires_grad for p in parts.body.named().values())
+    forward: dict[str, int] = {}
+
+    def run(name: str, part: Part, x: Tensor, train: bool) -> Tensor:
+        out: Tensor
+        with torch.set_grad_enabled(train):
+            out, forward[name] = _count(lambda: part(x))
+        return out
+
+    h = run("front", parts.front, x, front_trains)
+    u = h.detach().requires_grad_(front_trains)
+    v = run("body", parts.body, u, front_trains or body_trains)
+    w = v.detach().requires_grad_(front_trains or body_trains)
+    logits = run("tail", parts.tail, w, True)
+    back = {name: _backward(out) for name, out in (("tail", logits), ("body", v), ("front", h))}
+    return StepFlops(*(forward[name] + back[name] for name in ("front", "body", "tail")))
+
+
+def _backward(out: Tensor) -> int:
+    if not out.requires_grad:
+        return 0
+    return _count(lambda: torch.autograd.backward([out], [torch.empty_like(out)]))[1]
+
+
+def _count(work: Callable[[], T]) -> tuple[T, int]:
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, int(counter.get_total_flops())

@@ -1,0 +1,61 @@
+"""Memory of one side of the split, measured while it runs.
+
+Process-wide figures (resident memory, the CUDA allocator) cannot tell client from server when both
+run in one process; the tensors that each side keeps for its backward pass can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+
+class Meter:
+    """Bytes that autograd keeps for the forward code inside, each storage once, summed over uses.
+
+    Parameters passed to `ignore` are not counted: they are weights. Only the first `entries` uses
+    measure, since the hooks cost time: 2 cover front and tail of one step.
+    """
+
+    def __init__(self, entries: int = 1) -> None:
+        self._left = entries
+        self._ignored: set[int] = set()
+        self._seen: dict[int, int] = {}
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+
+    @property
+    def saved_bytes(self) -> int:
+        """What was kept, in bytes."""
+        return sum(self._seen.values())
+
+    def ignore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do not count these tensors."""
+        self._ignored |= {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def __enter__(self) -> Meter:
+        if self._left > 0:
+            self._left -= 1
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+            self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(kind, value, trace)
+            self._hooks = None
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._ignored:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the weights, plus those of the gradients of the ones that train."""
+    return sum(parameter.nbytes * (2 if parameter.requires_grad else 1) for parameter in parameters)

@@ -1,0 +1,76 @@
+"""The optimiser of one side of the split: client parts or server part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.settings import Optimizer
+from fedsplit.types import Tensors
+
+
+class PartOptimizer:
+    """An optimiser over named parameters, whose state can be taken out and put back as tensors.
+
+    `pulls` are proximal pieces: each adds `pull(parameter, anchor)` to a gradient, where the anchor is
+    the parameter as the round began.
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], settings: Optimizer, lr: float, pulls: Sequence[Any] = ()
+    ) -> None:
+        self.named = dict(named)
+        self.pulls = tuple(pulls)
+        self.anchors = {name: p.detach().clone() for name, p in self.named.items()} if pulls else {}
+        self._inner = _make(list(self.named.values()), settings, lr) if self.named else None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; a parameter that gets none is not moved."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """One update with the gradients at hand."""
+        if self._inner is None:
+            return
+        for name, anchor in self.anchors.items():
+            parameter = self.named[name]
+            if parameter.grad is not None:
+                for pull in self.pulls:
+                    parameter.grad.add_(pull.gradient(parameter.detach(), anchor))
+        self._inner.step()
+
+    def state(self) -> Tensors:
+        """Moments and step counts, as `<parameter>|<slot>`."""
+        if self._inner is None:
+            return {}
+        return {
+            f"{name}|{slot}": value
+            for name, parameter in self.named.items()
+            for slot, value in self._inner.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, state: Tensors) -> None:
+        """Put back what `state` gave."""
+        if self._inner is None:
+            return
+        for entry, value in state.items():
+            name, _, slot = entry.rpartition("|")
+            parameter = self.named[name]
+            place = "cpu" if slot == "step" else parameter.device
+            self._inner.state[parameter][slot] = value.to(place)
+
+    def state_bytes(self) -> int:
+        """Memory of the moments, in bytes."""
+        return sum(value.nbytes for value in self.state().values())
+
+
+def _make(parameters: list[nn.Parameter], settings: Optimizer, lr: float) -> torch.optim.Optimizer:
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    return kind(parameters, lr=lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay)
