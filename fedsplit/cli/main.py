@@ -1,0 +1,172 @@
+"""`fedsplit`: one command, a subcommand per thing a user does.
+
+An error that the user can mend is one sentence on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from fedsplit.types import FedsplitError
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = build()
+    options = parser.parse_args(arguments)
+    try:
+        handler: Handler = options.handler
+        return handler(options)
+    except FedsplitError as error:
+        print(f"fedsplit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedsplit: stopped; a run that had begun goes on with: fedsplit resume RUN", file=sys.stderr)
+        return 130
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    parser = argparse.ArgumentParser(prog="fedsplit", description="Federated split fine-tuning of vision transformers.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _add(commands, "run", _run, "run a config in this process and print the run folder's path last")
+    _config_options(run)
+    run.add_argument("--out", help="run folder; the same as --set out=DIR")
+    run.add_argument("--workers", type=int, help="processes that run clients; the same as --set engine.workers=N")
+    run.add_argument("--quiet", action="store_true", help="print only the run folder's path")
+
+    resume = _add(commands, "resume", _resume, "go on with a run that stopped")
+    resume.add_argument("run", help="run folder")
+    resume.add_argument("--rounds", type=int, help="go on to this many rounds in all")
+    resume.add_argument("--workers", type=int, help="processes that run clients")
+    resume.add_argument("--quiet", action="store_true", help="print only the run folder's path")
+
+    picture = _add(commands, "map", _map, "draw the data path with the pieces that a config puts on it")
+    picture.add_argument("config", nargs="?", help="TOML file; the defaults if left out")
+    picture.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
+
+    keys = _add(commands, "keys", _keys, "list every config key: type, default, range, meaning")
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
+    keys.add_argument("--json", action="store_true", help="one JSON document")
+
+    doctor = _add(commands, "doctor", _doctor, "check this installation and say how to mend it")
+    doctor.add_argument("--json", action="store_true", help="one JSON document")
+
+    pretrain = _add(commands, "pretrain", _pretrain, "train a small backbone from scratch on a folder of images")
+    pretrain.add_argument("--config", action="append", default=[], metavar="F.toml", help="TOML file of pretrain keys")
+    pretrain.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one pretrain key")
+    pretrain.add_argument("--out", help="folder of checkpoint, card and weights; an existing one is resumed")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fedsplit.cli.progress import watcher
+    from fedsplit.config import load
+    from fedsplit.world import DEFAULT_DEVICES
+
+    config = load(options.config, [*options.set, *_shorthand(options)])
+    if config.resume:
+        return _continue(config.resume, {"rounds": config.rounds}, options.quiet)
+    config = config.replace(devices__count=config.devices.count or DEFAULT_DEVICES)
+    return _go(config, watcher(options.quiet))
+
+
+def _resume(options: argparse.Namespace) -> int:
+    more = {"rounds": options.rounds, "engine__workers": options.workers}
+    return _continue(options.run, {name: value for name, value in more.items() if value}, options.quiet)
+
+
+def _continue(run: str, changes: dict[str, int], quiet: bool) -> int:
+    from fedsplit.cli.progress import watcher
+    from fedsplit.runs import RunFolder
+
+    folder, config = RunFolder.open(run)
+    return _go(config.replace(resume=str(folder.path), **changes), watcher(quiet))
+
+
+def _go(config, watching) -> int:  # type: ignore[no-untyped-def]
+    from fedsplit import experiment
+    from fedsplit.runtime.inprocess import runner
+
+    clients = runner(config)
+    try:
+        with watching:
+            folder = experiment.run(config, clients, progress=watching)
+    finally:
+        clients.close()
+    print(folder)
+    return 0
+
+
+def _map(options: argparse.Namespace) -> int:
+    from fedsplit.cli.picture import draw
+    from fedsplit.config import load
+
+    print(draw(load([options.config] if options.config else [], options.set)))
+    return 0
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from fedsplit.config import keys
+
+    chosen = [key for name, key in keys().items() if name.startswith(options.prefix)]
+    if options.json:
+        fields = ("name", "default", "help", "low", "high", "choices")
+        rows = [{"type": key.type.__name__, **{name: getattr(key, name) for name in fields}} for key in chosen]
+        print(json.dumps(rows, indent=2))
+        return 0
+    for key in chosen:
+        bounds = [f">= {key.low:g}" if key.low is not None else "", f"<= {key.high:g}" if key.high is not None else ""]
+        limits = ", ".join(bound for bound in bounds if bound)
+        print(f"{key.name} = {key.default!r}  ({key.type.__name__}{', ' + limits if limits else ''})\n    {key.help}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from fedsplit import doctor
+
+    found = doctor.checks()
+    print(doctor.as_json(found) if options.json else doctor.report(found))
+    return 1 if any(check.level == "error" for check in found) else 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from fedsplit import pretrain
+
+    print(pretrain.run(pretrain.load(options.config, options.set), options.out))
+    return 0
+
+
+def _add(commands, name: str, handler: Handler, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="F.toml", help="TOML file; repeatable, later ones win"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+
+
+def _shorthand(options: argparse.Namespace) -> list[str]:
+    pairs = [f"out={options.out}"] if options.out else []
+    return pairs + ([f"engine.workers={options.workers}"] if options.workers else [])
+
+
+def _version() -> str:
+    from fedsplit import __version__
+
+    return f"fedsplit {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The run folder: what a run leaves behind, and how it goes on after it died.
+
+config.toml        every key, resolved; versions, commit, seed and threads in its head
+rounds.csv         a row a round          clients.csv   a row a client and round
+ledger.csv         bytes by stream        classes.csv   accuracy by class
+summary.json       the figures            model.safetensors
+checkpoint/        the state after the last rounds
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from fedsplit.config import Config, load, to_toml
+from fedsplit.round import State
+from fedsplit.types import FedsplitError, Scalar, Tensors
+from fedsplit.wire.frame import pack, unpack
+
+TABLES = ("rounds", "clients", "ledger", "classes")
+PACKAGES = ("fedsplit", "torch", "timm", "numpy", "peft", "flwr", "ray", "safetensors")
+KEEP_CHECKPOINTS = 2
+PLACE_KEYS = ("out", "resume", "name")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, root: Path) -> RunFolder:
+        """A new folder: key `out`, or `<root>/<time>-<name>`.
+
+        Raises:
+            FedsplitError: it exists and holds something, or cannot be written.
+        """
+        path = Path(config.out).expanduser() if config.out else fresh(root, config.name)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FedsplitError(
+                f"The run folder {path} exists and is not empty; "
+                f"choose another 'out', or go on with: fedsplit resume {path}"
+            )
+        try:
+            (path / "checkpoint").mkdir(parents=True)
+            write(path / "config.toml", _head(config) + to_toml(config.values))
+        except OSError as error:
+            raise FedsplitError(
+                f"Cannot write the run folder {path}: {error.strerror}; set 'out' to a writable place."
+            ) from None
+        return cls(path.resolve())
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunFolder, Config]:
+        """An existing run and its config.
+
+        Raises:
+            FedsplitError: there is no run at `path`.
+        """
+        folder = Path(path).expanduser()
+        if not (folder / "config.toml").is_file():
+            raise FedsplitError(f"{folder} is not a run folder: it has no config.toml.")
+        return cls(folder.resolve()), load([folder / "config.toml"])
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint: complete under its final name, or not there at all."""
+        final = self.path / "checkpoint" / f"round-{state.round:06d}"
+        scratch = final.with_name(f".{final.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        frame = pack(
+            {f"model|{k}": v for k, v in state.model.items()} | {f"optim|{k}": v for k, v in state.optimizer.items()}
+        )
+        _durable(scratch / "state.safetensors", frame)
+        _durable(scratch / "round.json", json.dumps({"round": state.round, "sha256": sha256(state.model)}).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self) -> State | None:
+        """The state of the newest checkpoint; rows of later rounds are dropped from the tables."""
+        found = self._checkpoints()
+        state = None
+        if found:
+            tensors = unpack((found[-1] / "state.safetensors").read_bytes())
+            parts: dict[str, Tensors] = {"model": {}, "optim": {}}
+            for name, value in tensors.items():
+                part, _, rest = name.partition("|")
+                parts[part][rest] = value
+            state = State(json.loads((found[-1] / "round.json").read_text())["round"], parts["model"], parts["optim"])
+        for table in TABLES:
+            rows = [row for row in self.rows(table) if int(row["round"]) <= (state.round if state else 0)]
+            self._rewrite(table, rows)
+        return state
+
+    def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `<table>.csv`."""
+        file = self.path / f"{table}.csv"
+        fresh = not file.exists()
+        with file.open("a", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
+            if fresh and rows:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def rows(self, table: str) -> list[dict[str, str]]:
+        """The rows of `<table>.csv`, as text; none if there is no such file."""
+        file = self.path / f"{table}.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="", encoding="utf-8") as source:
+            return list(csv.DictReader(source))
+
+    def finish(self, summary: Mapping[str, Any], model: Tensors) -> None:
+        """Write the model and the summary, the summary last."""
+        safetensors.torch.save_file(
+            {k: v.contiguous().clone() for k, v in model.items()}, self.path / "model.safetensors"
+        )
+        write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoint").glob("round-*"))
+
+    def _rewrite(self, table: str, rows: list[dict[str, str]]) -> None:
+        file = self.path / f"{table}.csv"
+        if file.exists():
+            file.unlink()
+            if rows:
+                self.append(table, rows)
+
+
+def sha256(tensors: Mapping[str, Any]) -> str:
+    """A digest of named tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """A digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file: the old content or the new one, never half of it."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def provenance(config: Config) -> dict[str, Scalar]:
+    """Versions, commit, seed and threads of this process."""
+    return {
+        **{name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+        "seed": config.seed,
+        "threads": config.threads,
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or 'absent'."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def commit() -> str:
+    """The commit of the checkout that this package runs from, with '+' when files differ, or 'unknown'."""
+    here = Path(__file__).parent
+    try:
+        name = _git(here, "rev-parse", "--short=12", "HEAD")
+        return name + ("+" if _git(here, "status", "--porcelain", "--", str(here)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def totals(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> dict[str, float]:
+    """Sums of columns over rows; whole numbers stay whole."""
+    sums: dict[str, float] = dict.fromkeys(names, 0)
+    for row in rows:
+        for name in names:
+            sums[name] += float(row[name]) if "." in row[name] or "e" in row[name] else int(row[name])
+    return sums
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _head(config: Config) -> str:
+    lines = [f"# {name}: {value}" for name, value in provenance(config).items()]
+    return (
+        "\n".join(
+            ["# A resolved fedsplit config; run it again with: fedsplit run --config THIS_FILE --set out=''", *lines]
+        )
+        + "\n"
+    )
+
+
+def fresh(root: Path, name: str) -> Path:
+    """A folder name that is not taken: `<root>/<time>-<name>`."""
+    base = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def _durable(path: Path, content: bytes) -> None:
+    with path.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())

@@ -1,0 +1,175 @@
+"""Config to objects: what every process of a run builds for itself, the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedsplit.config import Config, resolve
+from fedsplit.data.partitions import deal, hold_out
+from fedsplit.data.sources import load
+from fedsplit.front import models, trainable
+from fedsplit.front.vit import Parts, split
+from fedsplit.metrics.flops import StepFlops, step_flops
+from fedsplit.rng import key
+from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Tensors
+from fedsplit.wire.link import Codecs
+
+DEFAULT_DEVICES = 10
+LOCAL_KEYS = ("out", "resume", "name", "engine.", "eval.every")
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class World:
+    """Data, shards, model and rules of a run.
+
+    `shards[i]` holds the sample indices of device i for training, `held_out[i]` those for its
+    personalised accuracy. `client` and `server` are the trained parameters by name, by side.
+    """
+
+    config: Config
+    device: torch.device
+    data: DataSet
+    shards: tuple[Indices, ...]
+    held_out: tuple[Indices, ...]
+    backbone: models.Backbone
+    cut: Cut
+    parts: Parts
+    trains: trainable.TrainSet
+    client: Mapping[str, torch.nn.Parameter]
+    server: Mapping[str, torch.nn.Parameter]
+    codecs: Codecs
+    flops: StepFlops
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Keyword arguments of `to_batch` and `evaluate` that the model decides."""
+        return {"mean": self.backbone.mean, "std": self.backbone.std, "device": self.device}
+
+    def key(self, *name: int | str) -> int:
+        """A named random stream of this run."""
+        return key(self.config.seed, *name)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put values into the trained parameters of those names."""
+        named = {**self.client, **self.server}
+        with torch.no_grad():
+            for name, value in tensors.items():
+                named[name].copy_(value)
+
+    def model_state(self) -> Tensors:
+        """The whole model by name, on the CPU."""
+        return {name: value.detach().cpu() for name, value in self.backbone.vit.state_dict().items()}
+
+
+def values_of(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
+    """Copies of the parameters' values, on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
+def world(config: Config) -> World:
+    """The world of `config`, built once per process; keys that cannot change a result are left out.
+
+    Raises:
+        FedsplitError: whatever is wrong with the config, the data or the model.
+    """
+    shared = {name: value for name, value in config.values.items() if not name.startswith(LOCAL_KEYS)}
+    return _world(tuple(sorted(shared.items())))
+
+
+@lru_cache(maxsize=1)
+def _world(values: tuple[tuple[str, Any], ...]) -> World:
+    config = resolve(dict(values))
+    torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    image_size = models.input_size(config.model)
+    data = load(config.data, image_size)
+    dealt = deal(data.train, data.test, data.classes, config.data, config.devices.count or DEFAULT_DEVICES, config.seed)
+    halves = [
+        hold_out(indices, data.train.labels, config.data.local_test, key(config.seed, "local-test", number))
+        for number, indices in enumerate(dealt)
+    ]
+    backbone = models.create(config.model, len(data.classes), config.seed)
+    cut = address(config, backbone.depth)
+    _edit(config, backbone, cut)
+    backbone.vit.to(device)
+    parts = split(backbone.vit, cut)
+    parts.train()
+    trains = trainable.resolve(config.train, backbone.vit, parts)
+    sides = by_side(config, parts)
+    return World(
+        config=config,
+        device=device,
+        data=data,
+        shards=tuple(train for train, _ in halves),
+        held_out=tuple(test for _, test in halves),
+        backbone=backbone,
+        cut=cut,
+        parts=parts,
+        trains=trains,
+        client=sides[0],
+        server=sides[1],
+        codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
+        flops=step_flops(backbone.vit, cut, backbone.image_size),
+    )
+
+
+def address(config: Config, depth: int) -> Cut:
+    """The cut of `config` in a model of `depth` blocks; without a split the front is all of it."""
+    if config.cut.shape == "none":
+        return Cut(depth, 0, depth)
+    if config.cut.shape == "vanilla" and config.cut.tail:
+        raise FedsplitError(
+            "cut.tail gives blocks to the client, but cut.shape=vanilla has no tail there; set cut.tail=0."
+        )
+    cut = Cut(config.cut.front, config.cut.tail, depth)
+    if not cut.body:
+        raise FedsplitError(
+            f"cut.front={cut.front} and cut.tail={cut.tail} leave the server none of {depth} blocks; "
+            "lower them, or set cut.shape=none."
+        )
+    return cut
+
+
+def by_side(config: Config, parts: Parts) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+    """The trained parameters of the client and those of the server, by name."""
+    front, body, tail = (
+        {name: p for name, p in part.named().items() if p.requires_grad}
+        for part in (parts.front, parts.body, parts.tail)
+    )
+    if config.cut.shape == "vanilla":
+        return front, {**body, **tail}
+    return {**front, **tail}, body
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of key `device`.
+
+    Raises:
+        FedsplitError: CUDA is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FedsplitError("device=cuda, but torch sees no CUDA device here; set device=cpu or device=auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:
+    for place in ("front.edits", "body.edits"):
+        for name, piece in zip(config.names(place), config.pieces(place), strict=True):
+            piece.edit(backbone.vit, cut, key(config.seed, place, name))
+
+
+def samples(shards: Iterable[Indices]) -> int:
+    """The number of samples in all shards."""
+    return sum(len(shard) for shard in shards)
