@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 
+import fedsplit  # noqa: F401  (mends torchvision before a test imports timm)
+
 torch.set_num_threads(1)
 
 # Machines differ in speed, and a failure must come again: no deadline, the same examples every time.
