@@ -1,0 +1,209 @@
+"""`flwr run` from end to end, on a SuperLink of its own."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsplit.runtime import processes, superlink
+from fedsplit.runtime.superlink import Result, flwr_run
+from fedsplit.types import FedsplitError, Scalar
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = Path(__file__).parent / "probe"
+ENV = {"PYTHONPATH": str(ROOT)}
+USERS_PORT = 39091
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the living processes that work in a folder; Ray's workers hide all else."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def outcomes(result: Result, number: int) -> dict[int, str]:
+    """The probe's results of one round, by client."""
+    lines = [line.split(maxsplit=3) for line in result.log.splitlines() if line.startswith(f"RESULT {number} ")]
+    return {int(client): outcome for _, _, client, outcome in lines}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which no process works in the end."""
+    yield tmp_path
+    assert processes_in(tmp_path) == []
+
+
+def test_pairs() -> None:
+    values = superlink._pairs(["a=1", "b.c=0.5", "d=true", "e=iid", "f='x y'", "g="])
+    assert values == {"a": 1, "b.c": 0.5, "d": True, "e": "iid", "f": "x y", "g": ""}
+    with pytest.raises(FedsplitError, match="key=value"):
+        superlink._pairs(["nothing"])
+
+
+def test_tail_says_what_ended_the_run() -> None:
+    log = ["RuntimeError: a client's", "ERROR : Simulation raised an exception", "Traceback (most recent call last):"]
+    log += ["  raise x", "pkg.FedsplitError: quorum", "ERROR : Exit Code: 700", "An unhandled exception occurred"]
+    assert superlink._tail(log) == "\n  pkg.FedsplitError: quorum"
+    assert superlink._tail(["", "one", "two"], most=1) == "\n  two"
+
+
+def test_environment_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    env = superlink._environment(tmp_path, "mark", {"MORE": "1"})
+    assert "RAY_ADDRESS" not in env and env["FLWR_HOME"] == str(tmp_path) and env["MORE"] == "1"
+    assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env[processes.MARK] == "mark"
+
+
+def test_marked_processes_end_with_their_children() -> None:
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60'], env={}); time.sleep(60)"
+    with pytest.raises(ValueError, match="boom"), processes.no_process_left() as mark:
+        env = {**os.environ, processes.MARK: mark}
+        parent = psutil.Process(subprocess.Popen([sys.executable, "-c", script], env=env, start_new_session=True).pid)
+        while not (children := parent.children()):
+            time.sleep(0.01)
+        raise ValueError("boom")
+    assert not processes._alive(parent) and not processes._alive(children[0])
+
+
+def test_not_an_app(tmp_path: Path) -> None:
+    with pytest.raises(FedsplitError, match="not a Flower app"):
+        flwr_run(tmp_path, {}, nodes=2)
+
+
+def test_a_bundle_is_made_of_little(tmp_path: Path) -> None:
+    for name in (".venv/a.py", "app/a.py", "app/weights.bin", "runs/r/config.toml", ".gitignore", "pyproject.toml"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).touch()
+    (tmp_path / "from" / "link.py").symlink_to("nowhere")
+    shutil.copytree(tmp_path / "from", tmp_path / "to", ignore=superlink._not_for_a_bundle)
+    found = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*") if path.is_file()}
+    assert found == {"app/a.py", ".gitignore", "pyproject.toml"}
+
+
+@pytest.mark.slow
+def test_one_actor_elsewhere_beside_a_users_superlink(workplace: Path) -> None:
+    """One run, several promises: other folder, port 39091 taken, a client killed with one actor."""
+    asked: list[bytes] = []
+    lines: list[str] = []
+    with closing(socket.socket()) as users:
+        users.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            users.bind(("127.0.0.1", USERS_PORT))
+        except OSError:
+            pytest.skip(f"port {USERS_PORT} is in use by a SuperLink that this test must not touch")
+        users.listen()
+        threading.Thread(target=_note_requests, args=(users, asked), daemon=True).start()
+        config = {"engine.faults": "kill:1@1"}
+        result = flwr_run(
+            PROBE, config, nodes=2, cpus_per_client=1, ray_cpus=1, env=ENV, cwd=workplace, echo=lines.append
+        )
+        with socket.create_connection(("127.0.0.1", USERS_PORT)) as control:
+            control.sendall(b"control")
+            control.recv(1)
+    assert asked == [b"control"]
+    assert f"NODES 2 CWD {workplace}" in result.log and "\n".join(lines) == result.log
+    [home] = {word.partition("/apps/")[0] for word in result.log.split() if "/apps/" in word}
+    assert Path(home).is_absolute() and not Path(home).exists()
+    assert outcomes(result, 1) == {0: "ok", 1: "its process died (ActorDiedError)", 2: "ok", 3: "ok"}
+    for number in (2, 3):
+        assert outcomes(result, number) == dict.fromkeys(range(4), "ok")
+
+
+def _note_requests(users: socket.socket, asked: list[bytes]) -> None:
+    """What callers say; one that says nothing only looks whether the port is free."""
+    with suppress(OSError):
+        while True:
+            caller, _ = users.accept()
+            with caller, suppress(TimeoutError):
+                caller.settimeout(1.0)
+                if said := caller.recv(200):
+                    asked.append(said)
+
+
+@pytest.mark.slow
+def test_two_actors_one_killed_one_hung(workplace: Path) -> None:
+    config: dict[str, Scalar] = {"engine.faults": "kill:1@1, hang:2@2, raise:0@2, large:3@1", "timeout-s": 20.0}
+    result = flwr_run(PROBE, config, nodes=3, cpus_per_client=1, ray_cpus=2, env=ENV, cwd=workplace)
+    assert outcomes(result, 1) == {0: "ok", 1: "its process died (ActorDiedError)", 2: "ok", 3: "changed"}
+    assert outcomes(result, 2) == {
+        0: "RuntimeError: injected fault 'raise' in client 0, round 2",
+        1: "ok",
+        2: "no reply within 20 s",
+        3: "ok",
+    }
+    assert outcomes(result, 3) == dict.fromkeys(range(4), "ok")
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fedsplit.runtime.superlink", "--app", str(PROBE), "--nodes", "2", *arguments]
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_an_error(workplace: Path) -> None:
+    found = subprocess.run(
+        _command("fail=true"), cwd=workplace, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 1
+    assert "finished:failed" in found.stderr and "FedsplitError: the probe was told to fail" in found.stderr
+
+
+@pytest.mark.slow
+def test_an_unknown_key_is_an_error(workplace: Path) -> None:
+    with pytest.raises(FedsplitError, match="Invalid run configuration"):
+        flwr_run(PROBE, {"no-such-key": 1}, nodes=2, env=ENV, cwd=workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(workplace: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        _command("seconds=60.0"), cwd=workplace, env={**os.environ, **ENV}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    # SIGTERM while Ray works, SIGINT while the simulation starts.
+    sign = "NODES" if number == signal.SIGTERM else "Starting Flower Simulation"
+    assert any(sign in line for line in process.stdout)
+    if number == signal.SIGTERM:
+        _wait_for(lambda: any("ray::" in line for line in processes_in(workplace)), 60)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+
+
+def _wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_without_a_network(workplace: Path) -> None:
+    """The real app, from another folder, in a network namespace that has only loopback."""
+    cut = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if subprocess.run([*cut, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to cut the network off (unshare -n)")
+    command = [sys.executable, "-m", "fedsplit.runtime.superlink", "--app", str(ROOT), "--nodes", "2"]
+    config = ["rounds=2", "devices.count=4", "data.partition=iid", "data.limit=200", "data.test-limit=50"]
+    config += ["out=run", "engine.faults=kill:1@1"]
+    found = subprocess.run([*cut, *command, *config], cwd=workplace, capture_output=True, text=True, timeout=180)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr
+    with (workplace / "run" / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["failures"] for row in rows] == ["1", "0"]
