@@ -68,6 +68,7 @@ def tensors_of(update: Update) -> Tensors:
 def unsplit(config: Config, make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
     """Train the whole model on the client's very batches with `make(parameters)` as optimiser."""
     built = world(config)
+    built.load(built.initial)
     vit: Any = copy.deepcopy(built.backbone.vit)
     step = 0
 

@@ -1,0 +1,170 @@
+"""Every piece of every registry keeps the contract of its place; every config builds and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsplit.config import Config, keys, load, resolve
+from fedsplit.control import SCHEDULES
+from fedsplit.data import SELECTORS
+from fedsplit.experiment import start
+from fedsplit.places import PLACES
+from fedsplit.round import run_round
+from fedsplit.runtime.inprocess import Loop
+from fedsplit.share import PROXIMAL
+from fedsplit.types import STREAMS, FedsplitError, Scalar
+from fedsplit.wire import CODECS
+from fedsplit.wire.link import Link
+from fedsplit.world import world
+
+PIECES = {(place.prefix, name): cls for place in PLACES for name, cls in place.pieces.items()}
+CONFIGS = sorted(path for path in Path("configs").rglob("*.toml") if path.parts[1] not in ("pretrain", "devices"))
+TINY: dict[str, Scalar] = {
+    "data.limit": 60,
+    "data.test-limit": 20,
+    "data.partition": "iid",
+    "local.max-steps": 1,
+    "local.batch-size": 8,
+    "rounds": 1,
+}
+
+
+@pytest.mark.parametrize("piece", PIECES, ids="/".join)
+def test_a_piece_is_a_frozen_dataclass_with_a_five_line_docstring(piece: tuple[str, str]) -> None:
+    cls = PIECES[piece]
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    text = inspect.getdoc(cls) or ""
+    for word in ("Paper:", "Place:", "Off:", "Deviates:"):
+        assert word in text, f"{cls.__name__} does not say '{word}'"
+    for field in dataclasses.fields(cls):
+        key = keys()[f"{piece[0]}.{piece[1]}.{field.name.replace('_', '-')}"]
+        assert key.help and key.type in (int, float, bool, str)
+    assert cls() == cls()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_gives_back_shape_and_type(name: str) -> None:
+    codec = CODECS[name]()
+    x = {"x": torch.randn(4, 17, 24), "labels": torch.arange(4)}
+    for stream in STREAMS:
+        one, other = Link({stream: [codec]}), Link({stream: [codec]})
+        frame = one.encode(stream, x)
+        got = other.decode(stream, frame)
+        assert got.keys() == x.keys()
+        assert all(got[k].shape == x[k].shape and got[k].dtype == x[k].dtype for k in x)
+        assert torch.equal(got["labels"], x["labels"])
+        assert torch.allclose(got["x"], x["x"], rtol=0.2, atol=0.2)
+        assert one.sizes[stream] == other.sizes[stream] == len(frame)
+        assert sum(one.sizes.values()) == len(frame)
+
+
+def test_half_halves_the_bytes_and_survives_large_values() -> None:
+    x = torch.tensor([1e9, -1e9, 0.5])
+    link = Link({"gradients-up": [CODECS["half"]()]})
+    got = link.decode("gradients-up", link.encode("gradients-up", {"x": x}))["x"]
+    assert torch.isfinite(got).all() and got[2] == 0.5
+    big = torch.randn(1000, 100)
+    assert len(link.encode("gradients-up", {"x": big})) < 0.51 * len(Link({}).encode("gradients-up", {"x": big}))
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_keeps_something_and_is_decided_by_its_key(name: str) -> None:
+    piece = SELECTORS[name](keep=0.5)
+    scores = torch.rand(40)
+    one, again, other = (piece.select(scores, stream) for stream in (1, 1, 2))
+    assert one.dtype == torch.bool and one.shape == scores.shape
+    assert torch.equal(one, again) and int(one.sum()) == 20
+    assert not torch.equal(one, other) or name != "random"
+    assert SELECTORS[name](keep=0.0).select(torch.rand(1), 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_starts_at_one_and_stays_between_zero_and_one(name: str) -> None:
+    piece = SCHEDULES[name]()
+    factors = [piece.factor(number, 10) for number in range(1, 11)]
+    assert factors[0] == 1.0 and all(0 <= factor <= 1 for factor in factors)
+    assert piece.factor(1, 1) == 1.0
+
+
+@pytest.mark.parametrize("name", PROXIMAL)
+def test_a_proximal_piece_pulls_towards_the_anchor(name: str) -> None:
+    piece = PROXIMAL[name]()
+    w = torch.tensor([2.0, -1.0])
+    assert torch.equal(piece.gradient(w, w), torch.zeros(2))
+    assert (piece.gradient(w, torch.zeros(2)) * w > 0).all()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_builds_and_takes_one_step(path: Path) -> None:
+    config = load([path])
+    config = config.replace(**{key.replace(".", "__").replace("-", "_"): value for key, value in TINY.items()})
+    step(config.replace(devices__count=min(2, config.devices.count or 2), devices__per_round=0))
+
+
+PAIRS = list(combinations([(place.key, name) for place in PLACES for name in place.pieces], 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "+".join(f"{key}={name}" for key, name in pair))
+def test_every_pair_of_pieces_runs(pair: tuple[tuple[str, str], ...]) -> None:
+    chosen: dict[str, str] = {}
+    for key, name in pair:
+        place = next(place for place in PLACES if place.key == key)
+        chosen[key] = name if place.single or key not in chosen else f"{chosen[key]},{name}"
+    step(resolve({**TINY, "devices.count": 1, "train": "head,biases", **chosen}))
+
+
+def step(config: Config) -> None:
+    built = world(config)
+    state = start(built)
+    outcome = run_round(built, state, 0, Loop(config), lambda _: None)
+    assert outcome.enough and not outcome.failures
+    moved = [name for name in state.model if not torch.equal(state.model[name], outcome.state.model[name])]
+    assert moved and all(torch.isfinite(value).all() for value in outcome.state.model.values())
+
+
+def test_keys_have_help_types_and_defaults_within_their_range() -> None:
+    for key in keys().values():
+        assert key.help and type(key.default) is key.type
+        assert key.name == key.name.lower() and "_" not in key.name
+        resolve({key.name: key.default})
+
+
+def test_core_imports_neither_flwr_nor_ray() -> None:
+    code = (
+        "import sys, fedsplit.cli.main, fedsplit.experiment, fedsplit.runtime.inprocess, fedsplit.places;"
+        "sys.exit(any(m.split('.')[0] in ('flwr', 'ray') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_piece_with_a_key_of_its_own_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CONTRIBUTING promises: the key exists, is checked, and the piece runs."""
+    import fedsplit.wire
+    from fedsplit.config import keys as known
+
+    source: dict[str, object] = {}
+    exec(compile(_walk_through(), "clip.py", "exec"), source)  # noqa: S102
+    monkeypatch.setitem(fedsplit.wire.CODECS, "clip", source["Clip"])
+    known.cache_clear()
+    try:
+        config = resolve({**TINY, "devices.count": 1, "wire.activations-up": "clip,half", "wire.clip.limit": 0.5})
+        assert config.pieces("wire.activations-up")[0].limit == 0.5
+        step(config)
+        with pytest.raises(FedsplitError, match=r"wire\.clip\.limit must be at least 0"):
+            resolve({"wire.clip.limit": -1.0})
+    finally:
+        known.cache_clear()
+
+
+def _walk_through() -> str:
+    """The piece of CONTRIBUTING's walk-through: its first Python block."""
+    return Path("CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
