@@ -1,6 +1,7 @@
 # make          install into .venv, then run the main job (the same as `make demo`)
 # make test     install, lint, type-check, run every test
 # make lint     install, lint and type-check
+# make keys     write the config keys into pyproject.toml, after one was added
 # make clean    remove .venv, caches and build leftovers; run folders stay
 #
 # PYTHON=... chooses the interpreter (3.11 or newer). pip's own settings and PIP_* variables hold:
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS = 1
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint clean install
+.PHONY: demo test lint keys clean install
 
 demo: $(READY)
 	@$(BIN)/python -m fedsplit.demo
@@ -38,6 +39,9 @@ lint: $(READY)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/python -m fedsplit.manifest --check
 	@$(BIN)/mypy --strict fedsplit
+
+keys: $(READY)
+	@$(BIN)/python -m fedsplit.manifest
 
 install: $(READY)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsplit.round import client_round
+from fedsplit.client import client_round
 from fedsplit.runtime import faults
 from fedsplit.runtime.flower_ray import ACTION, read_job, write_update
 from fedsplit.world import world

@@ -210,6 +210,8 @@ def _check_names(config: Config) -> None:
             if name not in place.pieces:
                 known = ", ".join(place.pieces) or "none yet"
                 raise FedsplitError(f"{place.key} names no piece '{name}'{_hint(name, place.pieces)}; known: {known}.")
+            if names.count(name) > 1:
+                raise FedsplitError(f"{place.key} names '{name}' more than once; name it once.")
         if place.single and len(names) != 1:
             raise FedsplitError(f"{place.key} must name exactly one of: {', '.join(place.pieces)}.")
 

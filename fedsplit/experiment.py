@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedsplit import runs
+from fedsplit.client import learning_rate
 from fedsplit.config import Config
 from fedsplit.data.partitions import plot as plot_partition
 from fedsplit.metrics.quality import Quality, evaluate
-from fedsplit.round import Outcome, Runner, State, learning_rate, run_round, sample
+from fedsplit.round import Outcome, Runner, State, run_round, sample
 from fedsplit.runs import RunFolder
+from fedsplit.runtime.faults import parse as parse_faults
 from fedsplit.types import STREAMS, Failure, FedsplitError, Update
-from fedsplit.world import World, values_of, world
+from fedsplit.world import World, world
 
 SUMS = (
     *(f"bytes_{way}" for way in ("up", "down", "activations", "gradients", "parameters")),
@@ -97,10 +99,13 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         folder, stored = RunFolder.open(config.resume)
         config = stored.replace(rounds=max(stored.rounds, config.rounds))
         built = world(config)
-        state = folder.restore() or start(built)
+        check(config, built)
+        state = folder.restore(start(built))
+        if config.rounds > stored.rounds:
+            folder.note(config)
     else:
         built = world(config)
-        check(built)
+        check(config, built)
         folder = RunFolder.create(config, root)
         state = start(built)
         plot_partition(built.shards, built.data.train.labels, built.data.classes, folder.path / "partition.png")
@@ -120,17 +125,28 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
 
 def start(built: World) -> State:
     """The state before the first round: the parameters as they were created."""
-    fresh = values_of({**built.client, **built.server})
-    return State(0, {name: fresh[name] for name in built.trains.names})
+    return State(0, {name: built.initial[name] for name in built.trains.names})
 
 
-def check(built: World) -> None:
+def check(config: Config, built: World) -> None:
     """What only the finished world can tell.
 
     Raises:
-        FedsplitError: a personalised test without held-out samples.
+        FedsplitError: a personalised test without held-out samples, more devices a round than there
+            are, or a fault that can never happen.
     """
-    config = built.config
+    devices = len(built.shards)
+    if config.devices.per_round > devices:
+        raise FedsplitError(
+            f"devices.per-round={config.devices.per_round} is more than the {devices} devices there are; "
+            "lower it, or raise devices.count."
+        )
+    for fault in parse_faults(config.engine.faults):
+        if fault.client >= devices or fault.round not in (None, *range(1, config.rounds + 1)):
+            raise FedsplitError(
+                f"engine.faults: '{fault.kind}' never happens to client {fault.client}: "
+                f"clients are 0 to {devices - 1}, rounds 1 to {config.rounds}."
+            )
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
 

@@ -1,32 +1,23 @@
-"""One round: sample -> the clients' local work -> gate -> share -> clock.
+"""One round at the server: sample -> the clients' work -> gate -> share -> clock.
 
-`client_round` is what a device does with one message; `run_round` is what the server does around it.
-Core code knows neither Flower nor Ray: a `Runner` carries jobs to clients and brings updates back.
+What a client does is `fedsplit.client.client_round`. Core code knows neither Flower nor Ray: a `Runner`
+carries jobs to clients and brings updates back.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
-from fedsplit.body.service import LocalBody
-from fedsplit.data.batches import batches, to_batch
 from fedsplit.devices.clock import Cost, cost, round_cost
-from fedsplit.metrics.memory import Meter, weight_bytes
-from fedsplit.metrics.quality import evaluate
-from fedsplit.optim import PartOptimizer
 from fedsplit.rng import numpy_rng
 from fedsplit.share.gate import Refused, admit
-from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
-from fedsplit.types import Batch, Failure, Job, Report, Tensors, Update
-from fedsplit.wire.frame import pack, unpack
-from fedsplit.wire.link import Link, Tap
-from fedsplit.world import Indices, World, values_of
+from fedsplit.types import Failure, Job, Tensors, Update
+from fedsplit.wire.frame import pack
+from fedsplit.wire.link import Link
+from fedsplit.world import World
 
 
 class Runner(Protocol):
@@ -58,47 +49,6 @@ class Outcome:
     costs: tuple[Cost, ...]
     cost: Cost
     enough: bool
-
-
-def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
-    """A client's round: receive, choose samples, train for the local epochs, send back.
-
-    Pure: the update depends on the world and the job alone. The server's side of the client's steps
-    runs here too, in an object of its own that sees only bytes; `tap` sees what it received.
-    """
-    start = time.perf_counter()
-    settings = world.config
-    link = Link(world.codecs, job.round, job.client)
-    world.load(link.decode("parameters-down", job.down))
-    lr = learning_rate(world, job.round)
-    body = _body(world, job, lr, tap)
-    client = _client(world, link, lr)
-    kept = keep(world, job)
-    loss, steps, seen = 0.0, 0, 0
-    for batch in _batches(world, job, kept):
-        noise = world.key("noise", job.round, job.client, steps)
-        loss += _step(world, client, body, batch, noise) * len(batch.y)
-        if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
-            body.optimizer = PartOptimizer(world.server, settings.optimizer, lr)
-        steps, seen = steps + 1, seen + len(batch.y)
-    shard = world.shards[job.client]
-    flops = client_share(world)
-    tested = len(world.held_out[job.client]) if settings.eval.per_client else 0
-    report = Report(
-        steps=steps,
-        kept_samples=len(kept),
-        train_loss=loss / max(1, seen),
-        client_flops=flops[0] * seen,
-        server_flops=flops[1] * seen,
-        client_peak_bytes=_peak(client.optimizer, client.meter, [client.front, *([] if body.tail else [client.tail])]),
-        server_peak_bytes=_peak(body.optimizer, body.meter, [body.body, *([body.tail] if body.tail else [])]),
-        personal_accuracy=_personal(world, job.client) if tested else None,
-        personal_samples=tested,
-    )
-    up = link.encode("parameters-up", values_of(world.client))
-    server = pack(values_of(world.server) | _server_moments(world, body.optimizer))
-    report = replace(report, bytes=dict(link.sizes), wall_s=time.perf_counter() - start)
-    return Update(job.client, len(shard), up, server, report)
 
 
 def run_round(world: World, state: State, attempt: int, runner: Runner, heard: Listener) -> Outcome:
@@ -196,105 +146,3 @@ def sample(world: World, number: int, attempt: int) -> list[int]:
     wanted = min(world.config.devices.per_round or count, count)
     draw = numpy_rng(world.key("sample", number, attempt)).permutation(count)
     return [int(client) for client in draw[:wanted]]
-
-
-def keep(world: World, job: Job) -> Indices:
-    """The client's samples that the selectors keep this round."""
-    shard = world.shards[job.client]
-    mask = torch.ones(len(shard), dtype=torch.bool)
-    names = world.config.names("data.select")
-    for name, piece in zip(names, world.config.pieces("data.select"), strict=True):
-        mask &= piece.select(torch.zeros(len(shard)), world.key("select", name, job.round, job.client))
-    kept: Indices = shard[mask.numpy()]
-    return kept
-
-
-def learning_rate(world: World, number: int) -> float:
-    """The learning rate of round `number`, after schedule and warm-up."""
-    settings = world.config.optimizer
-    warm = min(1.0, number / settings.warmup) if settings.warmup else 1.0
-    factor: float = world.config.piece("optimizer.schedule").factor(number, world.config.rounds)
-    return settings.lr * warm * factor
-
-
-def client_share(world: World) -> tuple[int, int]:
-    """FLOPs of a sample's training step at the client and at the server."""
-    flops = world.flops
-    client = flops.front + (0 if world.config.cut.shape == "vanilla" else flops.tail)
-    return client, flops.total - client
-
-
-def _client(world: World, link: Link, lr: float) -> Client:
-    settings = world.config
-    client = Client(
-        front=world.parts.front,
-        tail=world.parts.tail,
-        link=link,
-        optimizer=PartOptimizer(world.client, settings.optimizer, lr, settings.pieces("share.proximal")),
-        front_trains=bool(world.trains.front),
-        body_trains=bool(world.trains.body),
-        penalties=settings.pieces("front.penalties"),
-    )
-    client.meter.ignore(world.backbone.vit.parameters())
-    return client
-
-
-def _body(world: World, job: Job, lr: float, tap: Tap | None) -> LocalBody:
-    settings = world.config
-    state = unpack(job.server)
-    world.load({name: value for name, value in state.items() if "|" not in name})
-    optimizer = PartOptimizer(world.server, settings.optimizer, lr, settings.pieces("share.proximal"))
-    optimizer.load({name: value for name, value in state.items() if "|" in name})
-    vanilla = settings.cut.shape == "vanilla"
-    body = LocalBody(
-        body=world.parts.body,
-        tail=world.parts.tail if vanilla else None,
-        link=Link(world.codecs, job.round, job.client, tap),
-        optimizer=optimizer,
-        trains=bool(world.server),
-        client_trains=bool(world.trains.front),
-    )
-    body.meter.ignore(world.backbone.vit.parameters())
-    return body
-
-
-def _batches(world: World, job: Job, kept: Indices) -> Iterator[Batch]:
-    settings = world.config
-    left = settings.local.max_steps or math.inf
-    for epoch in range(settings.local.epochs):
-        order = world.key("batches", job.round, job.client, epoch)
-        for step, indices in enumerate(batches(kept, settings.local.batch_size, order)):
-            if left <= 0:
-                return
-            left -= 1
-            noise = world.key("augment", job.round, job.client, epoch, step)
-            yield to_batch(world.data.train, indices, kind=settings.data.augment, stream=noise, **world.look)
-
-
-def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: int) -> float:
-    if world.config.cut.shape == "none":
-        return local_step(client, batch, noise)
-    step = vanilla_step if world.config.cut.shape == "vanilla" else u_shape_step
-    return step(client, body, batch, noise)
-
-
-def _server_moments(world: World, optimizer: PartOptimizer) -> Tensors:
-    keeps = world.config.server.schedule != "splitfed-v1" and world.config.server.optimizer != "step"
-    return optimizer.state() if keeps else {}
-
-
-def _personal(world: World, client: int) -> float:
-    quality = evaluate(
-        world.parts,
-        world.data.train,
-        world.held_out[client],
-        len(world.data.classes),
-        batch_size=world.config.eval.batch_size,
-        **world.look,
-    )
-    return quality.accuracy
-
-
-def _peak(optimizer: PartOptimizer, meter: Meter, parts: Sequence[torch.nn.Module]) -> int:
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    return weight_bytes(parameters) + optimizer.state_bytes() + meter.saved_bytes

@@ -12,9 +12,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -50,14 +52,14 @@ class RunFolder:
             FedsplitError: it exists and holds something, or cannot be written.
         """
         path = Path(config.out).expanduser() if config.out else fresh(root, config.name)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FedsplitError(
-                f"The run folder {path} exists and is not empty; "
-                f"choose another 'out', or go on with: fedsplit resume {path}"
-            )
         try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise FedsplitError(
+                    f"The run folder {path} exists and is not empty; "
+                    f"choose another 'out', or go on with: fedsplit resume {path}"
+                )
             (path / "checkpoint").mkdir(parents=True)
-            write(path / "config.toml", _head(config) + to_toml(config.values))
+            cls(path).note(config)
         except OSError as error:
             raise FedsplitError(
                 f"Cannot write the run folder {path}: {error.strerror}; set 'out' to a writable place."
@@ -76,6 +78,10 @@ class RunFolder:
             raise FedsplitError(f"{folder} is not a run folder: it has no config.toml.")
         return cls(folder.resolve()), load([folder / "config.toml"])
 
+    def note(self, config: Config) -> None:
+        """Write `config` down as that of this run."""
+        write(self.path / "config.toml", _head(config) + to_toml(config.values))
+
     def save(self, state: State) -> None:
         """Write a checkpoint: complete under its final name, or not there at all."""
         final = self.path / "checkpoint" / f"round-{state.round:06d}"
@@ -92,20 +98,23 @@ class RunFolder:
         for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self) -> State | None:
-        """The state of the newest checkpoint; rows of later rounds are dropped from the tables."""
+    def restore(self, first: State) -> State:
+        """The state of the newest checkpoint, or `first`; rows of later rounds are dropped from the tables.
+
+        Raises:
+            FedsplitError: the checkpoint is damaged, or is not of a model with the parameters of `first`.
+        """
         found = self._checkpoints()
-        state = None
-        if found:
-            tensors = unpack((found[-1] / "state.safetensors").read_bytes())
-            parts: dict[str, Tensors] = {"model": {}, "optim": {}}
-            for name, value in tensors.items():
-                part, _, rest = name.partition("|")
-                parts[part][rest] = value
-            state = State(json.loads((found[-1] / "round.json").read_text())["round"], parts["model"], parts["optim"])
+        state = _read_checkpoint(found[-1]) if found else first
+        if {k: v.shape for k, v in state.model.items()} != {k: v.shape for k, v in first.model.items()}:
+            raise FedsplitError(
+                f"The checkpoint {found[-1]} is not of the model in {self.path / 'config.toml'}; "
+                "undo what was changed there since the run began."
+            )
         for table in TABLES:
-            rows = [row for row in self.rows(table) if int(row["round"]) <= (state.round if state else 0)]
-            self._rewrite(table, rows)
+            # A kill may have cut the last row short: its columns are then missing.
+            whole = [row for row in self.rows(table) if None not in row.values()]
+            self._rewrite(table, [row for row in whole if int(row["round"]) <= state.round])
         return state
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -138,10 +147,29 @@ class RunFolder:
 
     def _rewrite(self, table: str, rows: list[dict[str, str]]) -> None:
         file = self.path / f"{table}.csv"
-        if file.exists():
+        if file.exists() and not rows:
             file.unlink()
-            if rows:
-                self.append(table, rows)
+        elif rows:
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write(file, text.getvalue())
+
+
+def _read_checkpoint(folder: Path) -> State:
+    try:
+        tensors = unpack((folder / "state.safetensors").read_bytes())
+        about = json.loads((folder / "round.json").read_text())
+        parts: dict[str, Tensors] = {"model": {}, "optim": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition("|")
+            parts[part][rest] = value
+        if about["sha256"] != sha256(parts["model"]):
+            raise ValueError("another digest")
+        return State(about["round"], parts["model"], parts["optim"])
+    except (OSError, ValueError, KeyError, TypeError, FedsplitError):
+        raise FedsplitError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from None
 
 
 def sha256(tensors: Mapping[str, Any]) -> str:
@@ -161,7 +189,7 @@ def sha256_text(text: str) -> str:
 def write(path: Path, text: str) -> None:
     """Write a small file: the old content or the new one, never half of it."""
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8", newline="")
     os.replace(scratch, path)
 
 
@@ -221,7 +249,8 @@ def _head(config: Config) -> str:
 
 def fresh(root: Path, name: str) -> Path:
     """A folder name that is not taken: `<root>/<time>-<name>`."""
-    base = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    base = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{plain}"
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -33,7 +33,8 @@ class World:
     """Data, shards, model and rules of a run.
 
     `shards[i]` holds the sample indices of device i for training, `held_out[i]` those for its
-    personalised accuracy. `client` and `server` are the trained parameters by name, by side.
+    personalised accuracy. `client` and `server` are the trained parameters by name, by side;
+    `initial` are their values as created, which training in this process does not touch.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class World:
     trains: trainable.TrainSet
     client: Mapping[str, torch.nn.Parameter]
     server: Mapping[str, torch.nn.Parameter]
+    initial: Tensors
     codecs: Codecs
     flops: StepFlops
 
@@ -118,6 +120,7 @@ def _world(values: tuple[tuple[str, Any], ...]) -> World:
         trains=trains,
         client=sides[0],
         server=sides[1],
+        initial=values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
         flops=step_flops(backbone.vit, cut, backbone.image_size),
     )
@@ -168,8 +171,3 @@ def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:
     for place in ("front.edits", "body.edits"):
         for name, piece in zip(config.names(place), config.pieces(place), strict=True):
             piece.edit(backbone.vit, cut, key(config.seed, place, name))
-
-
-def samples(shards: Iterable[Indices]) -> int:
-    """The number of samples in all shards."""
-    return sum(len(shard) for shard in shards)

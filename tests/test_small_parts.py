@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from fedsplit.client import client_share, keep, learning_rate
 from fedsplit.config import Config, resolve
 from fedsplit.optim import PartOptimizer
 from fedsplit.rng import key, numpy_rng, torch_rng
-from fedsplit.round import client_share, keep, learning_rate, sample
+from fedsplit.round import sample
 from fedsplit.settings import Optimizer
 from fedsplit.types import Cut, FedsplitError, Job, split_names
 from fedsplit.world import pick_device, world

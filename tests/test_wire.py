@@ -107,9 +107,9 @@ def test_too_large_and_malformed_updates() -> None:
 
 
 def test_labels_and_images_never_reach_the_server_of_a_u_shape() -> None:
+    from fedsplit.client import client_round
     from fedsplit.config import resolve
     from fedsplit.experiment import start
-    from fedsplit.round import client_round
     from fedsplit.types import Job
     from fedsplit.world import world
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fedsplit.types import FedsplitError
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
-    parser = argparse.ArgumentParser(prog="fedsplit", description="Federated split fine-tuning of vision transformers.")
+    parser = _Parser(prog="fedsplit", description="Federated split fine-tuning of vision transformers.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -66,6 +67,14 @@ def build() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one sentence, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"fedsplit: {message}; see: {self.prog} --help\n")
+
+
 def _run(options: argparse.Namespace) -> int:
     from fedsplit.cli.progress import watcher
     from fedsplit.config import load
@@ -80,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     more = {"rounds": options.rounds, "engine__workers": options.workers}
-    return _continue(options.run, {name: value for name, value in more.items() if value}, options.quiet)
+    return _continue(options.run, {name: value for name, value in more.items() if value is not None}, options.quiet)
 
 
 def _continue(run: str, changes: dict[str, int], quiet: bool) -> int:
@@ -117,6 +126,8 @@ def _keys(options: argparse.Namespace) -> int:
     from fedsplit.config import keys
 
     chosen = [key for name, key in keys().items() if name.startswith(options.prefix)]
+    if not chosen:
+        raise FedsplitError(f"No config key starts with '{options.prefix}'; 'fedsplit keys' lists them all.")
     if options.json:
         fields = ("name", "default", "help", "low", "high", "choices")
         rows = [{"type": key.type.__name__, **{name: getattr(key, name) for name in fields}} for key in chosen]
@@ -159,7 +170,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 def _shorthand(options: argparse.Namespace) -> list[str]:
     pairs = [f"out={options.out}"] if options.out else []
-    return pairs + ([f"engine.workers={options.workers}"] if options.workers else [])
+    return pairs + ([f"engine.workers={options.workers}"] if options.workers is not None else [])
 
 
 def _version() -> str:

@@ -62,19 +62,20 @@ class Bar(Silent):
         self._task: Any = None
 
     def __enter__(self) -> Bar:
-        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.__exit__(kind, value, trace)
+        if self._task is not None:
+            self._bar.stop()
 
     def begin(self, world: World, folder: RunFolder, done: int) -> None:
         """Show the run and start the bar."""
         config = world.config
         each = min(config.devices.per_round or len(world.shards), len(world.shards))
         self.console.print(describe(world, folder, done), highlight=False, soft_wrap=True)
+        self._bar.start()  # Not before: a config that is refused gets its sentence and nothing else.
         self._task = self._bar.add_task("start", total=(config.rounds - done) * each)
 
     def round(self, number: int, clients: int) -> None:
@@ -101,27 +102,37 @@ class Bar(Silent):
 
 
 class Lines(Silent):
-    """Plain lines with a rough time left, for logs (Flower's, CI's)."""
+    """Plain lines with the time left, for logs (Flower's, CI's): one a round, and one every `SILENCE_S` seconds."""
+
+    SILENCE_S = 15.0
 
     def __init__(self) -> None:
         super().__init__()
-        self._begun = time.monotonic()
-        self._done = self._total = 0
+        self._begun = self._spoke = time.monotonic()
+        self._number = self._expected = self._heard = self._of_round = self._clients = 0
 
     def begin(self, world: World, folder: RunFolder, done: int) -> None:
         """Show the run."""
-        self._done, self._total = done, world.config.rounds
-        self._first = done
-        self._begun = time.monotonic()
+        each = min(world.config.devices.per_round or len(world.shards), len(world.shards))
+        self._expected = (world.config.rounds - done) * each
+        self._begun = self._spoke = time.monotonic()
         log.info(describe(world, folder, done))
+
+    def round(self, number: int, clients: int) -> None:
+        """A round starts."""
+        self._number, self._of_round, self._clients = number, 0, clients
+
+    def heard(self, result: Update | Failure) -> None:
+        """A line when there was none for a while."""
+        self._heard += 1
+        self._of_round += 1
+        if time.monotonic() - self._spoke > self.SILENCE_S and self._of_round < self._clients:
+            self._say(f"round {self._number:>3}  {self._of_round} of {self._clients} clients")
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A line a round."""
         super().row(row)
-        self._done = int(row["round"])
-        each = (time.monotonic() - self._begun) / max(1, self._done - self._first)
-        left = each * (self._total - self._done)
-        log.info(f"{line(row)}  about {left:.0f} s left")
+        self._say(line(row))
 
     def note(self, text: str) -> None:
         """A warning."""
@@ -130,6 +141,11 @@ class Lines(Silent):
     def end(self, summary: Mapping[str, Any], folder: RunFolder) -> None:
         """Where it is."""
         log.info(f"run folder: {folder.path}")
+
+    def _say(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        each = (self._spoke - self._begun) / max(1, self._heard)
+        log.info(f"{text}  about {each * max(0, self._expected - self._heard):.0f} s left")
 
 
 def describe(world: World, folder: RunFolder, done: int) -> str:

@@ -32,6 +32,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
 }
 SHIPPED_MEAN = SHIPPED_STD = (0.5, 0.5, 0.5)
 CLASSIFIER = ("head.", "head_dist.")
+PLAIN = ("timm.models.vision_transformer", "timm.models.deit")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def create(settings: Model, classes: int, seed: int) -> Backbone:
     torch.manual_seed(key(seed, "model"))
     vit = _shipped(settings, classes) if settings.name in SHIPPED else _from_timm(settings, classes)
     if settings.checkpoint:
-        load_weights(vit, Path(settings.checkpoint))
+        load_weights(vit, Path(settings.checkpoint).expanduser())
     if settings.name in SHIPPED:
         mean, std = SHIPPED_MEAN, SHIPPED_STD
     else:
@@ -105,13 +106,16 @@ def load_weights(vit: nn.Module, path: Path) -> None:
 def read_weights(path: Path) -> Tensors:
     """A state dict from a .safetensors or torch file; torch files are read without executing code."""
     if not path.is_file():
-        raise FedsplitError(f"model.checkpoint: there is no file {path}.")
+        raise FedsplitError(f"model.checkpoint: there is no file {path}; give a .safetensors or .pth file.")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FedsplitError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+        raise FedsplitError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); "
+            "save the model's state dict, tensors only, as .safetensors or .pth."
+        ) from None
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -134,6 +138,8 @@ def _from_timm(settings: Model, classes: int) -> Any:
     shape: dict[str, Any] = {"img_size": settings.image_size} if settings.image_size else {}
     if settings.pool:
         shape["global_pool"] = settings.pool
+    if timm.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN:
+        raise FedsplitError(f"model.name '{name}' is no plain ViT; fedsplit cuts timm's vit_* and deit_* only.")
     pretrained = settings.pretrained and not settings.checkpoint
     vit = _build(
         settings, lambda **more: timm.create_model(name, pretrained=pretrained, num_classes=classes, **shape, **more)
@@ -163,14 +169,23 @@ def _build(settings: Model, make: Any) -> Any:
         "drop_path_rate": settings.drop_path,
     }
     try:
-        return make(**{name: rate for name, rate in rates.items() if rate})
+        vit = make(**{name: rate for name, rate in rates.items() if rate})
     except (AssertionError, TypeError, ValueError) as error:
-        raise FedsplitError(f"{settings.name} cannot be built with these model settings: {error}.") from None
+        raise FedsplitError(
+            f"{settings.name} cannot be built with these model settings: {str(error).rstrip('.')}."
+        ) from None
     except (OSError, RuntimeError) as error:
         raise FedsplitError(
             f"The pre-trained weights of {settings.name} could not be had ({type(error).__name__}); "
             "set model.pretrained=false, or model.checkpoint to a file, or go online."
         ) from None
+    patch = vit.patch_embed
+    if any(size % step or size < step for size, step in zip(patch.img_size, patch.patch_size, strict=True)):
+        raise FedsplitError(
+            f"model.image-size={patch.img_size[0]} does not fit {settings.name}: "
+            f"give a multiple of its patch size, {patch.patch_size[0]}."
+        )
+    return vit
 
 
 def _shape(state: Tensors, name: str) -> torch.Size | None:

@@ -8,8 +8,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
+from fedsplit.client import client_round
 from fedsplit.config import Config, resolve
-from fedsplit.round import Runner, client_round
+from fedsplit.round import Runner
 from fedsplit.runtime import faults
 from fedsplit.types import Failure, Job, Scalar, Update
 from fedsplit.world import world

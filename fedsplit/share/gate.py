@@ -31,10 +31,13 @@ def admit(
     try:
         tensors = link.decode("parameters-up", update.up)
         state = unpack(update.server)
-    except (FedsplitError, RuntimeError) as error:
-        raise Refused(str(error)) from None
+    except Exception as error:  # whatever a codec says to bytes it did not expect
+        raise Refused(str(error) if isinstance(error, FedsplitError) else f"{type(error).__name__}: {error}") from None
     _check(tensors, client)
     _check({name: x for name, x in state.items() if "|" not in name}, server)
+    for name, moment in state.items():
+        if not torch.isfinite(moment).all():
+            raise Refused(f"'{name}' holds values that are not finite")
     return tensors, state
 
 

@@ -152,7 +152,7 @@ def test_a_piece_with_a_key_of_its_own_is_one_file_and_one_line(monkeypatch: pyt
     from fedsplit.config import keys as known
 
     source: dict[str, object] = {}
-    exec(compile(_walk_through(), "clip.py", "exec"), source)  # noqa: S102
+    exec(compile(_walk_through(), "clip.py", "exec"), source)
     monkeypatch.setitem(fedsplit.wire.CODECS, "clip", source["Clip"])
     known.cache_clear()
     try:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsplit.client import _batches, keep
 from fedsplit.config import Config, resolve
 from fedsplit.experiment import start
 from fedsplit.rng import key
-from fedsplit.round import _batches, keep
 from fedsplit.types import Job, Scalar, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.world import World, world

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small import job_of, small, tensors_of
 
+from fedsplit.client import client_round
 from fedsplit.config import Config
 from fedsplit.places import PLACES
-from fedsplit.round import client_round
 from fedsplit.types import Scalar, Tensors
 from fedsplit.world import world
 

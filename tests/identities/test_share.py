@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from small import job_of, small, tensors_of, unsplit
 
 from fedsplit import experiment
+from fedsplit.client import client_round
 from fedsplit.config import Config
 from fedsplit.data.batches import to_batch
 from fedsplit.front.models import read_weights
-from fedsplit.round import State, client_round, run_round
+from fedsplit.round import State, run_round
 from fedsplit.runtime.inprocess import Loop
 from fedsplit.share import MERGES
 from fedsplit.share.fedavg import FedAvg, Uniform

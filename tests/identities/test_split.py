@@ -6,9 +6,9 @@ import pytest
 import torch
 from small import job_of, model, small, tensors_of, unsplit
 
+from fedsplit.client import client_round
 from fedsplit.config import Config
 from fedsplit.front.trainable import WORDS
-from fedsplit.round import client_round
 from fedsplit.types import Op, Scalar
 from fedsplit.world import world
 
