@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from fedsplit.config import Config, load, to_toml
 from fedsplit.round import State
 from fedsplit.types import FedsplitError, Scalar, Tensors
@@ -137,9 +135,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any], model: Tensors) -> None:
         """Write the model and the summary, the summary last."""
-        safetensors.torch.save_file(
-            {k: v.contiguous().clone() for k, v in model.items()}, self.path / "model.safetensors"
-        )
+        _durable(self.path / "model.safetensors", pack(model))
         write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _checkpoints(self) -> list[Path]:

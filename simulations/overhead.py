@@ -78,22 +78,17 @@ def bare_loop(config: Config) -> tuple[float, Tensors]:
             vit.load_state_dict(model)
             optimizer = torch.optim.AdamW(vit.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
             for indices in _order(built, number, client, config.local.batch_size):
-                x = (
-                    torch.from_numpy(built.data.train.pixels[indices])
-                    .permute(0, 3, 1, 2)
-                    .float()
-                    .div(255)
-                    .sub(0.5)
-                    .div(0.5)
-                )
-                y = torch.from_numpy(built.data.train.labels[indices])
+                x, y = _images(built.data.train.pixels[indices]), torch.from_numpy(built.data.train.labels[indices])
                 optimizer.zero_grad()
                 F.cross_entropy(vit(x), y).backward()
                 optimizer.step()
             updates.append((len(shard), {name: value.clone() for name, value in vit.state_dict().items()}))
         total = sum(count for count, _ in updates)
         for name in names:
-            model[name] = sum(state[name].double() * (count / total) for count, state in updates).float()
+            mean = torch.zeros(model[name].shape, dtype=torch.float64)
+            for count, state in updates:
+                mean.add_(state[name].double(), alpha=count / total)
+            model[name] = mean.float()
         vit.load_state_dict(model)
         _test(built, vit)
         times.append(time.perf_counter() - begun)
@@ -119,21 +114,18 @@ def _order(built: World, number: int, client: int, size: int) -> list[np.ndarray
     return list(batches(built.shards[client], size, built.key("batches", number, client, 0)))
 
 
+def _images(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div(255).sub(0.5).div(0.5)
+
+
 @torch.inference_mode()
 def _test(built: World, vit: torch.nn.Module) -> float:
     vit.eval()
     right = 0
     for start in range(0, len(built.data.test), built.config.eval.batch_size):
         chunk = slice(start, start + built.config.eval.batch_size)
-        x = (
-            torch.from_numpy(built.data.test.pixels[chunk].copy())
-            .permute(0, 3, 1, 2)
-            .float()
-            .div(255)
-            .sub(0.5)
-            .div(0.5)
-        )
-        right += int((vit(x).argmax(1) == torch.from_numpy(built.data.test.labels[chunk])).sum())
+        logits = vit(_images(built.data.test.pixels[chunk].copy()))
+        right += int((logits.argmax(1) == torch.from_numpy(built.data.test.labels[chunk])).sum())
     vit.train()
     return right / len(built.data.test)
 

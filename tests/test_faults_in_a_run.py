@@ -18,7 +18,6 @@ from torch import Tensor
 from fedsplit import experiment, runs
 from fedsplit.cli.main import main
 from fedsplit.client import client_round
-from fedsplit.client import client_round
 from fedsplit.config import Config, resolve
 from fedsplit.experiment import Silent
 from fedsplit.round import sample
