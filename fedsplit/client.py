@@ -58,7 +58,7 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     )
     up = link.encode("parameters-up", values_of(world.client))
     server = pack(values_of(world.server) | _server_moments(world, body.optimizer))
-    report = replace(report, bytes=dict(link.sizes), wall_s=time.perf_counter() - start)
+    report = replace(report, bytes=dict(link.sizes), messages=link.messages, wall_s=time.perf_counter() - start)
     return Update(job.client, len(shard), up, server, report)
 
 

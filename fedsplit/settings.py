@@ -79,8 +79,8 @@ class Server:
 class Optimizer:
     """The optimiser of every part that trains; its state starts anew every round."""
 
-    name: str = knob("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
-    lr: float = knob(0.03, "learning rate", low=0.0)
+    name: str = knob("adamw", "optimiser", choices=("sgd", "adam", "adamw"))
+    lr: float = knob(0.001, "learning rate", low=0.0)
     momentum: float = knob(0.9, "momentum (sgd) or beta1 (adam, adamw)", low=0.0, high=0.9999)
     weight_decay: float = knob(0.0, "weight decay", low=0.0)
     schedule: str = knob("constant", "learning rate over rounds: a name of fedsplit.control.SCHEDULES")
@@ -92,7 +92,7 @@ class Local:
     """What a client does in one round."""
 
     epochs: int = knob(1, "passes over the kept samples", low=0)
-    batch_size: int = knob(32, "samples per step", low=1)
+    batch_size: int = knob(16, "samples per step", low=1)
     max_steps: int = knob(0, "at most so many steps a round; 0 is no limit", low=0)
 
 
@@ -164,7 +164,7 @@ class Engine:
     """How the work is run; none of these changes a result."""
 
     workers: int = knob(1, "processes that run clients in process; 1 is this process", low=1)
-    timeout_s: float = knob(3600.0, "seconds after which a client of a Flower round counts as failed", low=1.0)
+    timeout_s: float = knob(3600.0, "seconds of silence after which a client in another process counts as failed (at least 60 under Flower)", low=1.0)
     checkpoint_every: int = knob(1, "rounds between checkpoints", low=1)
     faults: str = knob("", "inject faults for testing: kind:client[@round], comma-separated; kinds: fedsplit.runtime.faults.KINDS")
 

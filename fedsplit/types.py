@@ -172,6 +172,7 @@ class Report:
     personal_accuracy: float | None = None
     personal_samples: int = 0
     bytes: Mapping[str, int] = field(default_factory=dict)
+    messages: int = 0
     client_flops: int = 0
     server_flops: int = 0
     client_peak_bytes: int = 0

@@ -122,7 +122,7 @@ MODELS = [
     (f"{TIMM} model.pretrained=false model.image-size=8", "multiple of its patch size, 16"),
     ("data.resize=false", "8 x 8 pixels", "data.resize=true"),
     ("data.resize=false model.image-size=16", "8 x 8 pixels", "16 x 16"),
-    ("model.name=nope", "'nope' is neither shipped (fedsplit_micro)"),
+    ("model.name=nope", "'nope' is neither ours (fedsplit_nano, fedsplit_micro, fedsplit_tiny)"),
     ("model.name=vit_tinyy_patch16_224", "did you mean vit_tiny_patch16_224"),
     ("model.name=resnet18", "'resnet18' is no plain ViT"),
     ("model.name=resnet18 model.pretrained=false model.image-size=32", "'resnet18' is no plain ViT"),

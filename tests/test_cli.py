@@ -153,7 +153,7 @@ def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{name} = {key.default!r}" in f"\n{out}"
         assert key.help in out
     out, _ = said(capsys, "keys", "optimizer")
-    assert "optimizer.lr = 0.03  (float, >= 0)" in out and "devices" not in out
+    assert "optimizer.lr = 0.001  (float, >= 0)" in out and "devices" not in out
 
 
 def test_keys_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ def test_deeper_bodies_keep_more() -> None:
 def test_the_clock_adds_phases_and_takes_the_slowest_client() -> None:
     report = Report(
         steps=2,
+        messages=10,
         client_flops=600,
         server_flops=1000,
         bytes={"activations-up": 100, "activations-down": 50, "parameters-up": 20, "parameters-down": 50},
@@ -115,7 +116,7 @@ def test_the_clock_adds_phases_and_takes_the_slowest_client() -> None:
     )
     one = cost(report, profile)
     active = 600 / 100 + 120 / 10 + 100 / 20
-    assert one.seconds == pytest.approx(active + 1000 / 500 + (2 + 4 * 2) * 0.5)
+    assert one.seconds == pytest.approx(active + 1000 / 500 + 10 * 0.5)
     assert one.joules == pytest.approx(3.0 * active)
     other = Cost(1.0, 1.0)
     assert round_cost([one, other], parallel=True) == Cost(one.seconds, one.joules + 1.0)

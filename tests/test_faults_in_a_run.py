@@ -19,7 +19,7 @@ from fedsplit import experiment, runs
 from fedsplit.cli.main import main
 from fedsplit.client import client_round
 from fedsplit.config import Config, resolve
-from fedsplit.experiment import Silent
+from fedsplit.progress import Silent
 from fedsplit.round import sample
 from fedsplit.runtime.inprocess import Loop, Pool, runner
 from fedsplit.types import Failure, FedsplitError, Job, Scalar, Tensors, Update

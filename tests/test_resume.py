@@ -19,7 +19,7 @@ import pytest
 from fedsplit import experiment
 from fedsplit.cli.main import main
 from fedsplit.config import Config, load, resolve
-from fedsplit.experiment import Silent
+from fedsplit.progress import Silent
 from fedsplit.runs import RunFolder
 from fedsplit.runtime.inprocess import Loop
 from fedsplit.types import Scalar

@@ -114,7 +114,8 @@ def test_labels_and_images_never_reach_the_server_of_a_u_shape() -> None:
     from fedsplit.world import world
 
     values = {
-        "data.limit": 40,
+        "data.limit": 60,
+        "data.test-limit": 20,
         "data.partition": "iid",
         "devices.count": 1,
         "local.max-steps": 2,

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from fedsplit.experiment import Silent
+from fedsplit.progress import Silent
 from fedsplit.runs import RunFolder
 from fedsplit.types import Failure, Update
 from fedsplit.world import World

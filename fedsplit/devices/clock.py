@@ -24,13 +24,12 @@ def cost(report: Report, profile: Devices) -> Cost:
     """
     up = sum(count for stream, count in report.bytes.items() if stream.endswith("-up"))
     down = sum(count for stream, count in report.bytes.items() if stream.endswith("-down"))
-    messages = 2 + 4 * report.steps if any(report.bytes.get(f"activations-{way}") for way in ("up", "down")) else 2
     active = (
         _ratio(report.client_flops, profile.flops_per_s)
         + _ratio(up, profile.up_bytes_per_s)
         + _ratio(down, profile.down_bytes_per_s)
     )
-    waiting = _ratio(report.server_flops, profile.server_flops_per_s) + messages * profile.latency_s
+    waiting = _ratio(report.server_flops, profile.server_flops_per_s) + report.messages * profile.latency_s
     return Cost(active + waiting, active * profile.active_w)
 
 

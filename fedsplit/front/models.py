@@ -1,4 +1,4 @@
-"""Backbones: the shipped micro ViT and every timm `VisionTransformer`, by name."""
+"""Backbones: our own small ViTs, one of them shipped with weights, and every plain timm ViT, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
@@ -19,20 +18,25 @@ from fedsplit.rng import key
 from fedsplit.settings import Model
 from fedsplit.types import FedsplitError, Tensors
 
-SHIPPED: dict[str, dict[str, Any]] = {
-    "fedsplit_micro": {
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": 96,
-        "depth": 8,
-        "num_heads": 6,
-        "class_token": False,
-        "global_pool": "avg",
-    },
+_MICRO: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 96,
+    "depth": 8,
+    "num_heads": 6,
+    "class_token": False,
+    "global_pool": "avg",
 }
+# nano is for trying the recipe of `fedsplit pretrain`, tiny for a GPU.
+SHAPES: dict[str, dict[str, Any]] = {
+    "fedsplit_nano": _MICRO | {"embed_dim": 48, "depth": 3, "num_heads": 3},
+    "fedsplit_micro": _MICRO,
+    "fedsplit_tiny": _MICRO | {"embed_dim": 192, "depth": 12, "num_heads": 6},
+}
+SHIPPED = ("fedsplit_micro",)
 SHIPPED_MEAN = SHIPPED_STD = (0.5, 0.5, 0.5)
 CLASSIFIER = ("head.", "head_dist.")
-PLAIN = ("timm.models.vision_transformer", "timm.models.deit")
+PLAIN = ("timm.models.vision_transformer", "timm.models.vision_transformer_hybrid", "timm.models.deit")
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ def create(settings: Model, classes: int, seed: int) -> Backbone:
             that are missing or do not fit.
     """
     torch.manual_seed(key(seed, "model"))
-    vit = _shipped(settings, classes) if settings.name in SHIPPED else _from_timm(settings, classes)
+    vit = _own(settings, classes) if settings.name in SHAPES else _from_timm(settings, classes)
     if settings.checkpoint:
         load_weights(vit, Path(settings.checkpoint).expanduser())
-    if settings.name in SHIPPED:
+    if settings.name in SHAPES:
         mean, std = SHIPPED_MEAN, SHIPPED_STD
     else:
         mean, std = (tuple(vit.pretrained_cfg[name]) for name in ("mean", "std"))
@@ -76,8 +80,8 @@ def input_size(settings: Model) -> int:
     """
     if settings.image_size:
         return settings.image_size
-    if settings.name in SHIPPED:
-        return int(SHIPPED[settings.name]["img_size"])
+    if settings.name in SHAPES:
+        return int(SHAPES[settings.name]["img_size"])
     config = timm.get_pretrained_cfg(_timm_name(settings))
     return int(config.input_size[-1]) if config else 224
 
@@ -123,12 +127,17 @@ def read_weights(path: Path) -> Tensors:
     return state
 
 
-def _shipped(settings: Model, classes: int) -> Any:
-    shape = SHIPPED[settings.name] | ({"img_size": settings.image_size} if settings.image_size else {})
+def _own(settings: Model, classes: int) -> Any:
+    shape = SHAPES[settings.name] | ({"img_size": settings.image_size} if settings.image_size else {})
     if settings.pool not in ("", "avg"):
         raise FedsplitError(f"{settings.name} has no class token; set model.pool to '' or 'avg'.")
     vit = _build(settings, lambda **more: VisionTransformer(num_classes=classes, **shape, **more))
     if settings.pretrained and not settings.checkpoint:
+        if settings.name not in SHIPPED:
+            raise FedsplitError(
+                f"No weights of {settings.name} are shipped: set model.checkpoint to a file "
+                "that fedsplit pretrain wrote, or model.pretrained=false."
+            )
         load_weights(vit, assets.locate(f"{settings.name}.safetensors"))
     return vit
 
@@ -139,14 +148,15 @@ def _from_timm(settings: Model, classes: int) -> Any:
     if settings.pool:
         shape["global_pool"] = settings.pool
     if timm.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN:
-        raise FedsplitError(f"model.name '{name}' is no plain ViT; fedsplit cuts timm's vit_* and deit_* only.")
+        raise FedsplitError(f"model.name '{name}' is no plain ViT; fedsplit cuts timm's plain vit_* and deit_* only.")
     pretrained = settings.pretrained and not settings.checkpoint
     vit = _build(
         settings, lambda **more: timm.create_model(name, pretrained=pretrained, num_classes=classes, **shape, **more)
     )
-    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vit.modules()):
         raise FedsplitError(
-            f"model.name '{name}' is a {type(vit).__name__}; fedsplit cuts plain ViTs (timm's vit_* and deit_*)."
+            f"model.name '{name}' keeps running statistics (BatchNorm), which are not shared between clients; "
+            "choose a ViT without a convolutional stem."
         )
     return vit
 
@@ -155,11 +165,9 @@ def _timm_name(settings: Model) -> str:
     name = settings.name.removeprefix("timm/")
     if timm.is_model(name.split(".")[0]):
         return name
-    near = difflib.get_close_matches(name, [*SHIPPED, *timm.list_models(["vit_*", "deit*"])], n=3)
+    near = difflib.get_close_matches(name, [*SHAPES, *timm.list_models(["vit_*", "deit*"])], n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise FedsplitError(
-        f"model.name '{settings.name}' is neither shipped ({', '.join(SHIPPED)}) nor known to timm{hint}"
-    )
+    raise FedsplitError(f"model.name '{settings.name}' is neither ours ({', '.join(SHAPES)}) nor known to timm{hint}")
 
 
 def _build(settings: Model, make: Any) -> Any:
@@ -180,7 +188,8 @@ def _build(settings: Model, make: Any) -> Any:
             "set model.pretrained=false, or model.checkpoint to a file, or go online."
         ) from None
     patch = vit.patch_embed
-    if any(size % step or size < step for size, step in zip(patch.img_size, patch.patch_size, strict=True)):
+    fits = all(size % step == 0 and size >= step for size, step in zip(patch.img_size, patch.patch_size, strict=True))
+    if settings.image_size and not fits:  # some of timm's own sizes leave a border over
         raise FedsplitError(
             f"model.image-size={patch.img_size[0]} does not fit {settings.name}: "
             f"give a multiple of its patch size, {patch.patch_size[0]}."

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.layers.patch_dropout import PatchDropout
@@ -15,16 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fedsplit.config import load_as
-from fedsplit.front.models import SHIPPED
+from fedsplit.front.models import SHAPES as SHAPES
 from fedsplit.rng import key
 from fedsplit.types import FedsplitError, Scalar, knob
-
-# All for 32 pixels in patches of 4, without class token, mean pooling; nano is for trying the recipe.
-SHAPES: dict[str, dict[str, Any]] = {
-    "fedsplit_nano": SHIPPED["fedsplit_micro"] | {"embed_dim": 48, "depth": 3, "num_heads": 3},
-    "fedsplit_micro": SHIPPED["fedsplit_micro"],
-    "fedsplit_tiny": SHIPPED["fedsplit_micro"] | {"embed_dim": 192, "depth": 12, "num_heads": 6},
-}
 
 
 @dataclass(frozen=True)

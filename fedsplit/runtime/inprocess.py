@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
@@ -51,7 +51,11 @@ class Loop:
 
 @dataclass
 class Pool:
-    """Clients in `engine.workers` processes; one that dies costs its clients the round, not the run."""
+    """Clients in `engine.workers` processes.
+
+    One that dies costs its clients the round, not the run; so does one that is silent for
+    `engine.timeout_s` seconds.
+    """
 
     config: Config
     _pool: ProcessPoolExecutor | None = field(default=None, init=False)
@@ -59,15 +63,21 @@ class Pool:
     def run(self, jobs: Sequence[Job]) -> Iterator[Update | Failure]:
         """One result per job, as they finish."""
         pool = self._pool or self._start()
-        futures: dict[Future[Update | Failure], Job] = {}
-        for job in jobs:
-            futures[pool.submit(_work, dict(self.config.values), job)] = job
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                self.close()
-                yield Failure(futures[future].client, "a worker process died")
+        values = dict(self.config.values)
+        left = {_submit(pool, values, job): job for job in jobs}
+        while left:
+            done, _ = wait(left, timeout=self.config.engine.timeout_s, return_when=FIRST_COMPLETED)
+            if not done:
+                self._kill()
+                yield from (Failure(job.client, "no reply in time") for job in left.values())
+                return
+            for future in done:
+                job = left.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    self.close()
+                    yield Failure(job.client, "a worker process died")
 
     def close(self) -> None:
         """End the processes."""
@@ -80,6 +90,20 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self.config.engine.workers, mp_context=context)
         return self._pool
+
+    def _kill(self) -> None:
+        for process in list((self._pool._processes or {}).values()) if self._pool else ():
+            process.kill()
+        self.close()
+
+
+def _submit(pool: ProcessPoolExecutor, values: dict[str, Scalar], job: Job) -> Future[Update | Failure]:
+    try:
+        return pool.submit(_work, values, job)
+    except BrokenProcessPool as broken:  # a worker died while the jobs were handed out
+        failed: Future[Update | Failure] = Future()
+        failed.set_exception(broken)
+        return failed
 
 
 def _work(values: dict[str, Scalar], job: Job) -> Update | Failure:

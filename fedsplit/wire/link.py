@@ -48,8 +48,9 @@ Codecs = Mapping[Stream, Sequence[Codec]]
 class Link:
     """One end of the wire between one client and the server.
 
-    `sizes` counts both directions as this end saw them; `memory` is kept by (stream, tensor, stage).
-    A `tap` sees what this end received, after decoding: at the server's end it is a transcript.
+    `sizes` (bytes) and `messages` count both directions as this end saw them; `memory` is kept by
+    (stream, tensor, stage). A `tap` sees what this end received, after decoding: at the server's end
+    it is a transcript.
     """
 
     codecs: Codecs
@@ -57,6 +58,7 @@ class Link:
     client: int = 0
     tap: Tap | None = None
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
+    messages: int = 0
     memory: dict[tuple[str, str, int], Any] = field(default_factory=dict)
 
     def encode(self, stream: Stream, tensors: Tensors) -> bytes:
@@ -71,12 +73,12 @@ class Link:
                 coded |= {_side(name, stage, key): value for key, value in side.items()}
             coded[name] = x
         frame = pack(coded)
-        self.sizes[stream] += len(frame)
+        self._count(stream, frame)
         return frame
 
     def decode(self, stream: Stream, frame: bytes) -> Tensors:
         """The tensors of `frame` as this end sees them."""
-        self.sizes[stream] += len(frame)
+        self._count(stream, frame)
         coded = unpack(frame)
         tensors: Tensors = {}
         for name in [name for name in coded if "|" not in name]:
@@ -91,6 +93,10 @@ class Link:
         if self.tap is not None:
             self.tap(stream, tensors)
         return tensors
+
+    def _count(self, stream: Stream, frame: bytes) -> None:
+        self.sizes[stream] += len(frame)
+        self.messages += 1
 
 
 def _side(name: str, stage: int, key: str) -> str:

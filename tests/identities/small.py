@@ -25,6 +25,8 @@ SMALL: dict[str, Scalar] = {
     "data.partition": "iid",
     "devices.count": 1,
     "rounds": 1,
+    "optimizer.name": "sgd",
+    "optimizer.lr": 0.03,
     "local.batch-size": 8,
     "local.max-steps": 5,
 }

@@ -12,7 +12,7 @@ import pytest
 
 from fedsplit import experiment
 from fedsplit.config import Config, resolve, to_toml
-from fedsplit.experiment import Silent
+from fedsplit.progress import Silent
 from fedsplit.runtime import superlink
 from fedsplit.runtime.inprocess import Loop, Pool
 from fedsplit.runtime.processes import no_process_left

@@ -1,0 +1,151 @@
+"""The rows of a run's tables, its summary and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsplit import runs
+from fedsplit.client import learning_rate
+from fedsplit.config import Config
+from fedsplit.metrics.quality import Quality
+from fedsplit.round import Outcome
+from fedsplit.runs import RunFolder
+from fedsplit.types import STREAMS, Failure, Update
+from fedsplit.world import World
+
+SUMS = (
+    *(f"bytes_{way}" for way in ("up", "down", "activations", "gradients", "parameters")),
+    "client_flops", "server_flops", "virtual_s", "energy_j", "wall_s", "kept_samples", "failures",
+)  # fmt: skip
+
+
+def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]:
+    """The figures of a finished run, derived from its tables."""
+    rows, clients = folder.rows("rounds"), folder.rows("clients")
+    last = rows[-1]
+    peaks = {
+        side: max((int(row[f"{side}_peak_bytes"]) for row in clients if row[f"{side}_peak_bytes"]), default=0)
+        for side in ("client", "server")
+    }
+    personal = last["personal_accuracy"]
+    return {
+        "accuracy": float(last["accuracy"]),
+        "loss": float(last["loss"]),
+        "personal_accuracy": float(personal) if personal else None,
+        "rounds": len(rows),
+        "seed": config.seed,
+        **runs.totals(rows, SUMS),
+        "client_peak_bytes": peaks["client"],
+        "server_peak_bytes": peaks["server"],
+        "trainable_params": sum(p.numel() for p in (*built.client.values(), *built.server.values())),
+        "client_trainable_params": sum(p.numel() for p in built.client.values()),
+        "weights_sha256": runs.sha256(built.model_state()),
+        "ledger_sha256": runs.sha256_text((folder.path / "ledger.csv").read_text()),
+        "device": str(built.device),
+        "provenance": runs.provenance(config),
+    }
+
+
+def draw(folder: RunFolder) -> Path:
+    """Plot test accuracy against rounds and against bytes; returns the picture's path."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in folder.rows("rounds") if row["accuracy"]]
+    accuracy = [100 * float(row["accuracy"]) for row in rows]
+    sent = np.cumsum([float(row["bytes_up"]) + float(row["bytes_down"]) for row in folder.rows("rounds")]) / 1e6
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.plot([int(row["round"]) for row in rows], accuracy, marker="o", color="#0072B2")
+    right.plot([sent[int(row["round"]) - 1] for row in rows], accuracy, marker="o", color="#D55E00")
+    left.set(xlabel="round", ylabel="test accuracy (%)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    right.set(xlabel="bytes on the wire, all clients, both ways (MB)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path = folder.path / "accuracy.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def round_row(built: World, outcome: Outcome, quality: Quality | None, failures: int, wall_s: float) -> dict[str, Any]:
+    """A row of rounds.csv; not tested leaves empty cells."""
+    reports = [update.report for update in outcome.updates]
+    seen = sum(report.kept_samples for report in reports)
+    tested = sum(report.personal_samples for report in reports)
+    personal = sum((report.personal_accuracy or 0.0) * report.personal_samples for report in reports)
+    streams = by_stream(outcome)
+    return {
+        "round": outcome.state.round,
+        "accuracy": quality.accuracy if quality else "",
+        "loss": quality.loss if quality else "",
+        "personal_accuracy": personal / tested if tested else "",
+        "train_loss": sum(r.train_loss * r.kept_samples for r in reports) / max(1, seen),
+        "clients": len(reports),
+        "failures": failures,
+        "kept_samples": seen,
+        **{f"bytes_{way}": sum(v for k, v in streams.items() if k.endswith(f"_{way}")) for way in ("up", "down")},
+        **{
+            f"bytes_{kind}": sum(v for k, v in streams.items() if k.startswith(kind))
+            for kind in ("activations", "gradients", "parameters")
+        },
+        "client_flops": sum(report.client_flops for report in reports),
+        "server_flops": sum(report.server_flops for report in reports),
+        "learning_rate": learning_rate(built, outcome.state.round),
+        "virtual_s": outcome.cost.seconds,
+        "energy_j": outcome.cost.joules,
+        "wall_s": round(wall_s, 4),
+    }
+
+
+def client_rows(number: int, outcome: Outcome, failures: Sequence[Failure]) -> list[dict[str, Any]]:
+    """Rows of clients.csv: who took part, then who failed and why."""
+    rows = [
+        _client_row(number, update, cost.seconds, cost.joules)
+        for update, cost in zip(outcome.updates, outcome.costs, strict=True)
+    ]
+    empty = dict.fromkeys(rows[0], "") if rows else {}
+    return rows + [{**empty, "round": number, "client": f.client, "failure": f.reason} for f in failures]
+
+
+def class_rows(number: int, quality: Quality, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of classes.csv: accuracy by class."""
+    return [
+        {"round": number, "class": name, "samples": int(total), "accuracy": float(right / total) if total else ""}
+        for name, total, right in zip(classes, quality.class_samples, quality.class_correct, strict=True)
+    ]
+
+
+def by_stream(outcome: Outcome) -> dict[str, int]:
+    """Bytes of a round by stream: a row of ledger.csv."""
+    return {
+        name.replace("-", "_"): sum(update.report.bytes.get(name, 0) for update in outcome.updates) for name in STREAMS
+    }
+
+
+def _client_row(number: int, update: Update, seconds: float, joules: float) -> dict[str, Any]:
+    report = update.report
+    streams = {f"bytes_{name.replace('-', '_')}": report.bytes.get(name, 0) for name in STREAMS}
+    return {
+        "round": number,
+        "client": update.client,
+        "samples": update.samples,
+        "kept_samples": report.kept_samples,
+        "steps": report.steps,
+        "messages": report.messages,
+        "train_loss": report.train_loss,
+        "personal_accuracy": "" if report.personal_accuracy is None else report.personal_accuracy,
+        "personal_samples": report.personal_samples,
+        **streams,
+        "client_flops": report.client_flops,
+        "server_flops": report.server_flops,
+        "client_peak_bytes": report.client_peak_bytes,
+        "server_peak_bytes": report.server_peak_bytes,
+        "virtual_s": seconds,
+        "energy_j": joules,
+        "wall_s": round(report.wall_s, 4),
+        "failure": "",
+    }
