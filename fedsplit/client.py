@@ -40,26 +40,21 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
         noise = world.key("noise", job.round, job.client, steps)
         loss += _step(world, client, body, batch, noise) * len(batch.y)
         if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
-            body.optimizer = PartOptimizer(world.server, settings.optimizer, lr)
+            body.optimizer.forget()
         steps, seen = steps + 1, seen + len(batch.y)
-    shard = world.shards[job.client]
-    flops = client_share(world)
-    tested = len(world.held_out[job.client]) if settings.eval.per_client else 0
-    report = Report(
+    report = _measured(world, job, client, body, seen)
+    up = link.encode("parameters-up", values_of(world.client))
+    server = pack(values_of(world.server) | _server_moments(world, body.optimizer))
+    report = replace(
+        report,
         steps=steps,
         kept_samples=len(kept),
         train_loss=loss / max(1, seen),
-        client_flops=flops[0] * seen,
-        server_flops=flops[1] * seen,
-        client_peak_bytes=_peak(client.optimizer, client.meter, [client.front, *([] if body.tail else [client.tail])]),
-        server_peak_bytes=_peak(body.optimizer, body.meter, [body.body, *([body.tail] if body.tail else [])]),
-        personal_accuracy=_personal(world, job.client) if tested else None,
-        personal_samples=tested,
+        bytes=dict(link.sizes),
+        messages=link.messages,
+        wall_s=time.perf_counter() - start,
     )
-    up = link.encode("parameters-up", values_of(world.client))
-    server = pack(values_of(world.server) | _server_moments(world, body.optimizer))
-    report = replace(report, bytes=dict(link.sizes), messages=link.messages, wall_s=time.perf_counter() - start)
-    return Update(job.client, len(shard), up, server, report)
+    return Update(job.client, len(world.shards[job.client]), up, server, report)
 
 
 def keep(world: World, job: Job) -> Indices:
@@ -140,6 +135,21 @@ def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: in
         return local_step(client, batch, noise)
     step = vanilla_step if world.config.cut.shape == "vanilla" else u_shape_step
     return step(client, body, batch, noise)
+
+
+def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int) -> Report:
+    """Compute and memory of a round of `seen` samples, and its personalised accuracy if that is asked for."""
+    client_flops, server_flops = client_share(world)
+    tails = [body.tail] if body.tail else []
+    tested = len(world.held_out[job.client]) if world.config.eval.per_client else 0
+    return Report(
+        client_flops=client_flops * seen,
+        server_flops=server_flops * seen,
+        client_peak_bytes=_peak(client.optimizer, client.meter, [client.front, *([] if tails else [client.tail])]),
+        server_peak_bytes=_peak(body.optimizer, body.meter, [body.body, *tails]),
+        personal_accuracy=_personal(world, job.client) if tested else None,
+        personal_samples=tested,
+    )
 
 
 def _server_moments(world: World, optimizer: PartOptimizer) -> Tensors:

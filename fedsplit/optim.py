@@ -43,6 +43,11 @@ class PartOptimizer:
                     parameter.grad.add_(pull.gradient(parameter.detach(), anchor))
         self._inner.step()
 
+    def forget(self) -> None:
+        """Start anew, without moments."""
+        if self._inner is not None:
+            self._inner.state.clear()
+
     def state(self) -> Tensors:
         """Moments and step counts, as `<parameter>|<slot>`."""
         if self._inner is None:

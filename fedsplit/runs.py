@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsplit.config import Config, load, to_toml
 from fedsplit.round import State
 from fedsplit.types import FedsplitError, Scalar, Tensors
@@ -33,7 +35,6 @@ from fedsplit.wire.frame import pack, unpack
 TABLES = ("rounds", "clients", "ledger", "classes")
 PACKAGES = ("fedsplit", "torch", "timm", "numpy", "peft", "flwr", "ray", "safetensors")
 KEEP_CHECKPOINTS = 2
-PLACE_KEYS = ("out", "resume", "name")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def sha256(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -9,9 +9,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedsplit.types import FedsplitError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs: `fedsplit --help` is quick
+    from fedsplit.cli.progress import Bar, Quiet
+    from fedsplit.config import Config
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -100,7 +104,7 @@ def _continue(run: str, changes: dict[str, int], quiet: bool) -> int:
     return _go(config.replace(resume=str(folder.path), **changes), watcher(quiet))
 
 
-def _go(config, watching) -> int:  # type: ignore[no-untyped-def]
+def _go(config: Config, watching: Bar | Quiet) -> int:
     from fedsplit import experiment
     from fedsplit.runtime.inprocess import runner
 
@@ -155,8 +159,10 @@ def _pretrain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add(commands, name: str, handler: Handler, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+def _add(
+    commands: argparse._SubParsersAction[_Parser], name: str, handler: Handler, help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help)
     parser.set_defaults(handler=handler)
     return parser
 

@@ -30,6 +30,7 @@ from fedsplit.runtime.processes import MARK, no_process_left
 from fedsplit.types import FedsplitError, Scalar
 
 START_S = 60.0
+PATHS = ("out", "resume", "model.checkpoint", "data.cache", "data.source")
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl", "LICENSE", ".gitignore")
 PRIVATE = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -77,9 +78,7 @@ def flwr_run(
     with _private_home() as home, no_process_left() as mark:
         variables = _environment(home, mark, env or {})
         values = dict(read_toml(run_config) if isinstance(run_config, Path) else run_config)
-        for key in ("out", "resume"):
-            if values.get(key):  # relative paths would be below the user's home
-                values[key] = str((cwd or Path.cwd()) / Path(str(values[key])).expanduser())
+        _make_absolute(values, cwd or Path.cwd())
         (home / "run.toml").write_text(to_toml(values), encoding="utf-8")
         shutil.copytree(app_dir, home / "app", ignore=_not_for_a_bundle)
         _start_superlink(home, variables, cwd)
@@ -91,6 +90,14 @@ def flwr_run(
         log = _stream(command, variables, cwd, began + timeout_s, echo or (lambda line: None))
         run_id = _completed_run(variables, cwd, log)
     return Result(run_id, "\n".join(log), time.monotonic() - began)
+
+
+def _make_absolute(values: dict[str, Scalar], cwd: Path) -> None:
+    """Relative paths mean the caller's folder; the run's processes work elsewhere."""
+    for key in PATHS:
+        path = cwd / Path(str(values.get(key) or "")).expanduser()
+        if values.get(key) and (key != "data.source" or path.exists()):
+            values[key] = str(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

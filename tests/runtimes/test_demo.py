@@ -1,0 +1,72 @@
+"""`make demo`'s program: what it shows, and that it fails when the run fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsplit.runtime.superlink import _make_absolute
+from fedsplit.types import Scalar
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "rounds=1",
+    "data.limit=100",
+    "data.test-limit=20",
+    "data.partition=iid",
+    "devices.count=3",
+    "local.max-steps=1",
+]
+
+
+def demo(*pairs: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedsplit.demo", *pairs]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ})
+
+
+@pytest.mark.slow
+def test_the_demo_shows_rounds_a_table_and_where_things_are(tmp_path: Path) -> None:
+    done = demo(*TINY, f"out={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("round   1", "accuracy", "up (MB)", "wall (s)", "run folder", "accuracy.png", "partition.png"):
+        assert word in done.stdout, word
+    for name in ("accuracy.png", "partition.png", "summary.json", "rounds.csv", "model.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_failed_demo_exits_with_an_error(tmp_path: Path) -> None:
+    wrong = ["share.quorum=1.0", "share.below-quorum=stop", "engine.faults=raise:0"]
+    done = demo(*TINY, *wrong, f"out={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "2 of 3 clients succeeded" in done.stdout + done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_demo_wants_a_checkout(tmp_path: Path) -> None:
+    done = demo(cwd=tmp_path)
+    assert done.returncode == 2 and "top of a checkout" in done.stdout
+
+
+def test_a_bad_key_is_one_sentence() -> None:
+    done = demo("sead=1")
+    assert done.returncode == 1 and "did you mean 'seed'" in done.stderr
+
+
+def test_relative_paths_mean_the_callers_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    values: dict[str, Scalar] = {"out": "x", "resume": "", "data.source": "images", "seed": 1}
+    _make_absolute(values, tmp_path)
+    assert values == {
+        "out": str(tmp_path / "x"),
+        "resume": "",
+        "data.source": str(tmp_path / "images"),
+        "seed": 1,
+    }
+    values = {"data.source": "digits"}
+    _make_absolute(values, tmp_path)
+    assert values == {"data.source": "digits"}

@@ -1,0 +1,45 @@
+"""Every study runs with `--quick` and ends in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--set", "data.limit=100", "--set", "data.test-limit=20", "--set", "data.alpha=5.0", "--set", "rounds=2"]
+
+
+def study(name: str, *arguments: str) -> Any:
+    command = [sys.executable, str(ROOT / "simulations" / name), "--quick", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ}, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_overhead_ends_in_the_same_weights() -> None:
+    found = study("overhead.py", *TINY)
+    assert found["largest_weight_difference"] == 0.0
+    assert found["in_process_ratio"] > 0 and found["flwr_ratio"] > 0 and found["flwr_startup_s"] > 0
+
+
+@pytest.mark.slow
+def test_baselines_agree_where_they_must() -> None:
+    rows = {row["config"]: row for row in study("baselines.py", *TINY, "--set", "local.max-steps=1")["rows"]}
+    assert len(rows) == 9
+    # Split or not, averaged in parallel it is the same training.
+    assert rows["fedavg"]["accuracy"] == rows["splitfed_v1"]["accuracy"]
+    assert rows["linear_probe"]["up_bytes"] < rows["fedpeft_lora"]["up_bytes"] < rows["fedavg"]["up_bytes"]
+    assert rows["splitfed_v1"]["client_flops"] < rows["fedavg"]["client_flops"]
+
+
+@pytest.mark.slow
+def test_faults_are_held() -> None:
+    rows = study("faults.py")["rows"]
+    assert len(rows) >= 8 and all(row["held"] for row in rows)
