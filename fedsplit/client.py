@@ -41,6 +41,8 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
         loss += _step(world, client, body, batch, noise) * len(batch.y)
         if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
             body.optimizer.forget()
+        client.meter.close()
+        body.meter.close()
         steps, seen = steps + 1, seen + len(batch.y)
     report = _measured(world, job, client, body, seen)
     up = link.encode("parameters-up", values_of(world.client))

@@ -64,7 +64,7 @@ class Client:
     body_trains: bool
     penalties: Sequence[Penalty] = ()
     memory: dict[int, Any] = field(default_factory=dict)
-    meter: Meter = field(default_factory=lambda: Meter(entries=2))
+    meter: Meter = field(default_factory=Meter)
 
     def embed(self, batch: Batch, noise: int) -> tuple[Tensor, Tensor]:
         """Activations (B, N, C) at the cut and the penalty on them; no graph if the front is frozen."""

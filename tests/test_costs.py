@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from fedsplit.config import resolve
 from fedsplit.devices.clock import Cost, cost, round_cost
+from fedsplit.experiment import start
 from fedsplit.front import models
 from fedsplit.front.trainable import resolve as train_set
 from fedsplit.front.vit import split
 from fedsplit.metrics.flops import step_flops
 from fedsplit.metrics.memory import Meter, weight_bytes
+from fedsplit.round import run_round
+from fedsplit.runtime.inprocess import Loop
 from fedsplit.settings import Devices, Model
 from fedsplit.types import Cut, Report
+from fedsplit.world import world
 
 
 def block_flops(n: int, c: int, ratio: int = 4) -> int:
@@ -65,12 +70,30 @@ def test_the_meter_counts_what_autograd_keeps_once_and_no_weights() -> None:
     # The layer keeps its input for the weight's gradient, relu keeps its output.
     assert meter.saved_bytes == x.nbytes + y.nbytes
     with meter:
+        z = layer(x).relu()
+    assert meter.saved_bytes == x.nbytes + y.nbytes + z.nbytes, "the same input is kept once"
+    meter.close()
+    with meter:
         layer(torch.randn(1000, 64)).relu()
-    assert meter.saved_bytes == x.nbytes + y.nbytes, "only the first entry measures"
+    assert meter.saved_bytes == x.nbytes + y.nbytes + z.nbytes
     nothing = Meter()
     with nothing, torch.no_grad():
         layer(x)
     assert nothing.saved_bytes == 0
+
+
+def test_a_round_measures_the_memory_of_one_step() -> None:
+    peaks = {}
+    for shape in ("u-shape", "vanilla"):
+        for steps in (1, 3):
+            values = {"cut.shape": shape, "data.limit": 60, "data.test-limit": 20, "data.partition": "iid"}
+            config = resolve({**values, "devices.count": 1, "local.max-steps": steps})
+            built = world(config)
+            report = run_round(built, start(built), 0, Loop(config), lambda _: None).updates[0].report
+            peaks[shape, steps] = (report.client_peak_bytes, report.server_peak_bytes)
+    assert peaks["u-shape", 1] == peaks["u-shape", 3] and peaks["vanilla", 1] == peaks["vanilla", 3]
+    assert peaks["u-shape", 1][0] > peaks["vanilla", 1][0], "the tail is at the client"
+    assert peaks["u-shape", 1][1] < peaks["vanilla", 1][1]
 
 
 def test_weights_count_twice_where_they_train() -> None:
@@ -80,12 +103,6 @@ def test_weights_count_twice_where_they_train() -> None:
 
 
 def test_deeper_bodies_keep_more() -> None:
-    from fedsplit.config import resolve
-    from fedsplit.experiment import start
-    from fedsplit.round import run_round
-    from fedsplit.runtime.inprocess import Loop
-    from fedsplit.world import world
-
     peaks = []
     for front in (1, 4):
         config = resolve(

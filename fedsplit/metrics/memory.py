@@ -16,12 +16,12 @@ from torch import Tensor, nn
 class Meter:
     """Bytes that autograd keeps for the forward code inside, each storage once, summed over uses.
 
-    Parameters passed to `ignore` are not counted: they are weights. Only the first `entries` uses
-    measure, since the hooks cost time: 2 cover front and tail of one step.
+    Parameters passed to `ignore` are not counted: they are weights. Close it after a step, since the
+    hooks cost time, and what the next step keeps is not kept beside it.
     """
 
-    def __init__(self, entries: int = 1) -> None:
-        self._left = entries
+    def __init__(self) -> None:
+        self._open = True
         self._ignored: set[int] = set()
         self._seen: dict[int, int] = {}
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -35,9 +35,12 @@ class Meter:
         """Do not count these tensors."""
         self._ignored |= {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
+    def close(self) -> None:
+        """Measure no more."""
+        self._open = False
+
     def __enter__(self) -> Meter:
-        if self._left > 0:
-            self._left -= 1
+        if self._open:
             self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
             self._hooks.__enter__()
         return self
