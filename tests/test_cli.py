@@ -73,6 +73,8 @@ def test_resume_prints_the_folder_last(config: Path, capsys: pytest.CaptureFixtu
     said(capsys, "run", "--config", str(config), "--out", str(folder), "--quiet")
     out, err = said(capsys, "resume", str(folder), "--rounds", "2")
     assert out.splitlines()[-1] == str(folder) and "goes on after round 1" in err
+    out, err = said(capsys, "run", "--quiet", "--set", f"resume={folder}")
+    assert json.loads((folder / "summary.json").read_text())["rounds"] == 2, "the default rounds were not asked for"
     out, err = said(capsys, "run", "--quiet", "--set", f"resume={folder}", "--set", "rounds=3")
     assert (out, err) == (f"{folder}\n", "")
     assert json.loads((folder / "summary.json").read_text())["rounds"] == 3

@@ -86,7 +86,8 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load(options.config, [*options.set, *_shorthand(options)])
     if config.resume:
-        return _continue(config.resume, {"rounds": config.rounds}, options.quiet)
+        asked = any(pair.startswith("rounds=") for pair in options.set)
+        return _continue(config.resume, {"rounds": config.rounds} if asked else {}, options.quiet)
     config = config.replace(devices__count=config.devices.count or DEFAULT_DEVICES)
     return _go(config, watcher(options.quiet))
 
@@ -101,6 +102,7 @@ def _continue(run: str, changes: dict[str, int], quiet: bool) -> int:
     from fedsplit.runs import RunFolder
 
     folder, config = RunFolder.open(run)
+    changes["rounds"] = max(config.rounds, changes.get("rounds", 0))  # runner and experiment must agree
     return _go(config.replace(resume=str(folder.path), **changes), watcher(quiet))
 
 
