@@ -122,6 +122,25 @@ def test_every_pair_of_pieces_runs(pair: tuple[tuple[str, str], ...]) -> None:
     step(resolve({**TINY, "devices.count": 1, "train": "head,biases", **chosen}))
 
 
+# Whether the order of two pieces in one list matters, by list key and names: filled as lists grow.
+COMMUTE: dict[tuple[str, str, str], bool] = {}
+
+
+def test_the_table_says_which_pairs_commute() -> None:
+    pairs = {
+        (place.key, *names) for place in PLACES if not place.single for names in combinations(sorted(place.pieces), 2)
+    }
+    assert set(COMMUTE) == pairs, "say in COMMUTE whether the order of two pieces of one list matters"
+    for key, one, other in pairs:
+        models = []
+        for names in (f"{one},{other}", f"{other},{one}"):
+            config = resolve({**TINY, "devices.count": 1, key: names})
+            built = world(config)
+            models.append(run_round(built, start(built), 0, Loop(config), lambda _: None).state.model)
+        same = all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+        assert same == COMMUTE[key, one, other], (key, one, other)
+
+
 def step(config: Config) -> None:
     built = world(config)
     state = start(built)
