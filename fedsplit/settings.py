@@ -178,7 +178,7 @@ class Settings:
     rounds: int = knob(5, "rounds of the run", low=1)
     out: str = knob("", "run folder; empty is runs/<time>-<name>, under the user's home for flwr run")
     resume: str = knob("", "run folder to continue")
-    train: str = knob("all", "what trains: front, body, tail, head, norms, biases, lora, all; comma-separated")
+    train: str = knob("all", "what trains: all, front, body, tail, head, norms, biases, lora, prompts; comma-separated")
     device: str = knob("cpu", "where tensors live: cpu, cuda or auto", choices=("cpu", "cuda", "auto"))
     threads: int = knob(1, "torch threads of every process; results depend on it", low=1)
     data: Data = field(default_factory=Data)

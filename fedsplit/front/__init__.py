@@ -9,5 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-EDITS: dict[str, type[Any]] = {}
+from fedsplit.front.prompts import Prompts
+
+EDITS: dict[str, type[Any]] = {"prompts": Prompts}
 PENALTIES: dict[str, type[Any]] = {}

@@ -68,5 +68,9 @@ def resolve(train: str, vit: nn.Module, parts: Parts) -> TrainSet:
 
 
 def _mend(word: str) -> str:
-    mends = {"lora": "; set body.edits=lora", "body": "; the body holds no block at this cut"}
+    mends = {
+        "lora": "; set body.edits=lora",
+        "prompts": "; set front.edits=prompts",
+        "body": "; the body holds no block at this cut",
+    }
     return mends.get(word, "")

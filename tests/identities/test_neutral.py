@@ -17,7 +17,7 @@ from fedsplit.world import world
 # The neutral setting of every piece, by list key and name; None where only leaving it out is neutral.
 NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
     "data.select": {"random": {"data.random.keep": 1.0}},
-    "front.edits": {},
+    "front.edits": {"prompts": {"front.prompts.count": 0}},
     "front.penalties": {},
     "body.edits": {"lora": {}},
     "body.plans": {},
