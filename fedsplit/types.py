@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,7 @@ Stream = Literal[
     "parameters-up",
     "parameters-down",
 ]
-STREAMS: tuple[Stream, ...] = (
-    "activations-up",
-    "activations-down",
-    "gradients-up",
-    "gradients-down",
-    "parameters-up",
-    "parameters-down",
-)
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 class FedsplitError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -201,7 +200,6 @@ def test_a_run_interrupted_by_the_keyboard_says_how_to_go_on(
     assert captured.out == "" and captured.err.splitlines()[-1].endswith("fedsplit resume RUN")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("fedsplit.doctor") is None, reason="there is no doctor yet")
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     codes = main(["doctor"]), main(["doctor", "--json"])
     out = capsys.readouterr().out

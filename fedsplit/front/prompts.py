@@ -28,7 +28,7 @@ class Prompts:
     dropout: float = knob(0.0, "dropout of the prompts", low=0.0, high=0.99)
 
     def edit(self, vit: nn.Module, cut: Cut, key: int) -> nn.Module:
-        """`vit` with prompts from stream `key`, uniform in [-v, v]: v^2 = 6 / (3 p^2 + C), p the patch size in pixels."""
+        """`vit` with prompts from stream `key`: uniform in [-v, v], v^2 = 6 / (3 p^2 + C), patches p pixels wide."""
         if not self.count:
             return vit
         model: Any = vit
