@@ -102,8 +102,9 @@ def _continue(run: str, changes: dict[str, int], quiet: bool) -> int:
     from fedsplit.runs import RunFolder
 
     folder, config = RunFolder.open(run)
-    changes["rounds"] = max(config.rounds, changes.get("rounds", 0))  # runner and experiment must agree
-    return _go(config.replace(resume=str(folder.path), **changes), watcher(quiet))
+    asked = config.replace(resume=str(folder.path), **changes)
+    # Runner and experiment must agree on the number of rounds: the schedule of the learning rate reads it.
+    return _go(asked.replace(rounds=max(config.rounds, asked.rounds)), watcher(quiet))
 
 
 def _go(config: Config, watching: Bar | Quiet) -> int:
