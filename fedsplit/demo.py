@@ -17,6 +17,7 @@ from fedsplit.config import load
 from fedsplit.runs import RunFolder, fresh
 from fedsplit.runtime.superlink import flwr_run
 from fedsplit.types import FedsplitError
+from fedsplit.world import DEFAULT_DEVICES
 
 CONFIG = Path("configs/demo.toml")
 
@@ -30,13 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load([CONFIG], arguments)
         out = Path(config.out) if config.out else fresh(Path("runs"), config.name)
-        cores = os.cpu_count() or 1
+        cores, devices = os.cpu_count() or 1, config.devices.count or DEFAULT_DEVICES
         console.print(
-            f"Flower simulation: {config.devices.count} devices with {config.data.partition} shards of "
+            f"Flower simulation: {devices} devices with {config.data.partition} shards of "
             f"{config.data.source} on {cores} cores; Ray starts up for some seconds first.",
             soft_wrap=True,
         )
-        done = flwr_run(Path("."), {**config.values, "out": str(out.resolve())}, nodes=config.devices.count, echo=_show)
+        done = flwr_run(Path("."), {**config.values, "out": str(out.resolve())}, nodes=devices, echo=_show)
     except FedsplitError as error:
         print(f"fedsplit: {error}", file=sys.stderr)
         return 1

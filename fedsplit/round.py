@@ -80,7 +80,7 @@ class _Desk:
     """The server's table during one round: jobs out, admitted tensors in."""
 
     def __init__(self, world: World, state: State, number: int, attempt: int, heard: Listener) -> None:
-        self.world, self.state, self.number, self.attempt, self.heard = world, state, number, attempt, heard
+        self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}

@@ -111,9 +111,7 @@ class RunFolder:
                 "undo what was changed there since the run began."
             )
         for table in TABLES:
-            # A kill may have cut the last row short: its columns are then missing.
-            whole = [row for row in self.rows(table) if None not in row.values()]
-            self._rewrite(table, [row for row in whole if int(row["round"]) <= state.round])
+            self.trim(table, "round", state.round)
         return state
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -142,7 +140,11 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoint").glob("round-*"))
 
-    def _rewrite(self, table: str, rows: list[dict[str, str]]) -> None:
+    def trim(self, table: str, column: str, last: int) -> None:
+        """Drop the rows of `<table>.csv` whose `column` is above `last`."""
+        # A kill may have cut the last row short: its columns are then missing.
+        whole = [row for row in self.rows(table) if None not in row.values()]
+        rows = [row for row in whole if int(row[column]) <= last]
         file = self.path / f"{table}.csv"
         if file.exists() and not rows:
             file.unlink()

@@ -23,7 +23,7 @@ from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Tensors
 from fedsplit.wire.link import Codecs
 
 DEFAULT_DEVICES = 10
-LOCAL_KEYS = ("out", "resume", "name", "engine.", "eval.every")
+LOCAL_KEYS = ("out", "resume", "name", "eval.every")
 
 Indices = npt.NDArray[np.int64]
 
@@ -84,8 +84,8 @@ def world(config: Config) -> World:
     Raises:
         FedsplitError: whatever is wrong with the config, the data or the model.
     """
-    shared = {name: value for name, value in config.values.items() if not name.startswith(LOCAL_KEYS)}
-    return _world(tuple(sorted(shared.items())))
+    local = {name for name in config.values if name in LOCAL_KEYS or name.startswith("engine.")}
+    return _world(tuple(sorted((name, value) for name, value in config.values.items() if name not in local)))
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ from fedsplit.cli.progress import line
 from fedsplit.config import load
 from fedsplit.progress import Silent
 from fedsplit.runtime.inprocess import runner
+from fedsplit.world import DEFAULT_DEVICES
 
 TOP = Path(__file__).resolve().parent.parent
 COLUMNS = ("config", "accuracy", "up_bytes", "down_bytes", "client_flops", "client_peak_bytes")
@@ -66,7 +67,7 @@ def measure(file: Path, pairs: list[str], folder: str) -> dict[str, Any]:
     finally:
         clients.close()
     summary = json.loads((path / "summary.json").read_text())
-    visits = (config.devices.count or 10) * summary["rounds"]
+    visits = (config.devices.count or DEFAULT_DEVICES) * summary["rounds"]
     figures = [summary["accuracy"], *(summary[name] / visits for name in ("bytes_up", "bytes_down", "client_flops"))]
     return dict(zip(COLUMNS, [file.stem, *figures, summary["client_peak_bytes"]], strict=True))
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedsplit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedsplit: stopped; a run that had begun goes on with: fedsplit resume RUN", file=sys.stderr)
+        print("fedsplit: stopped", file=sys.stderr)
         return 130
 
 
@@ -115,6 +115,9 @@ def _go(config: Config, watching: Bar | Quiet) -> int:
     try:
         with watching:
             folder = experiment.run(config, clients, progress=watching)
+    except KeyboardInterrupt:
+        print("A run that had begun goes on with: fedsplit resume RUN", file=sys.stderr)
+        raise
     finally:
         clients.close()
     print(folder)

@@ -134,11 +134,7 @@ class Training:
             self.position, loss = found
             self.loss = loss.to(self.device)
             self.saved_s = self.position.trained_s
-        log = RunFolder(self.folder)
-        rows = [row for row in log.rows("log") if int(row["step"]) <= self.position.step]
-        (self.folder / "log.csv").unlink(missing_ok=True)
-        if rows:
-            log.append("log", rows)
+        RunFolder(self.folder).trim("log", "step", self.position.step)
 
     def _finite_loss(self) -> float:
         total = float(self.loss)

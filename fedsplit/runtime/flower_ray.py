@@ -19,11 +19,11 @@ from flwr.serverapp import Grid
 from fedsplit.config import Config, resolve
 from fedsplit.runtime.ray_pool import Actors
 from fedsplit.types import Failure, FedsplitError, Job, Report, Update
+from fedsplit.world import DEFAULT_DEVICES
 
 ACTION = "split"
 MESSAGE_TYPE = f"train.{ACTION}"
 FLOWER_DEFAULT_NODES = 2
-DEFAULT_DEVICES = 10
 LEAST_TIMEOUT_S = 60.0
 IN_FLIGHT = 64
 """Messages under way at once at most, or one per node: bounds memory, and Flower's work per poll."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from small import job_of, model, small, tensors_of, unsplit
@@ -15,11 +18,11 @@ from fedsplit.world import world
 NOISY: dict[str, Scalar] = {"model__dropout": 0.1, "model__drop_path": 0.2, "cut__shape": "u-shape"}
 
 
-def sgd(config: Config):
+def sgd(config: Config) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, lr=config.optimizer.lr, momentum=config.optimizer.momentum)
 
 
-def same_as_unsplit(config: Config, make) -> None:
+def same_as_unsplit(config: Config, make: Callable[[Any], torch.optim.Optimizer]) -> None:
     before = unsplit(config, make)  # first: it copies the model before training changes it
     built = world(config)
     update = client_round(built, job_of(built))
