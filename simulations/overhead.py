@@ -4,11 +4,11 @@
 
 The bare loop is plain timm and torch: per round and client it loads the global weights, trains on
 the same batches in one graph without a cut, and averages; then it tests the model. It makes timm's
-tokens contiguous once, as fedsplit does: without a class token they are not, which alone costs timm
-about a fifth. All three use one process of one thread for the clients and must end in the same
-weights: `largest_weight_difference` is 0 on one machine. Ratios compare the median wall time of a round, the first
-round left out (it warms up caches, and under Flower it starts Ray); start-up is reported beside them.
-Prints one line of JSON last.
+tokens contiguous once, as fedsplit does, since they are strided without a class token. All three use
+one process of one thread for the clients and must end in the same weights:
+`largest_weight_difference` is 0 on one machine. Ratios compare the median wall time of a round, the
+first round left out (it warms up caches, and under Flower it starts Ray); start-up is reported beside
+them. Prints one line of JSON last.
 """
 
 from __future__ import annotations
