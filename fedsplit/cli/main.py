@@ -116,8 +116,8 @@ def _go(config: Config, watching: Bar | Quiet) -> int:
         with watching:
             folder = experiment.run(config, clients, progress=watching)
     except KeyboardInterrupt:
-        print("A run that had begun goes on with: fedsplit resume RUN", file=sys.stderr)
-        raise
+        print("fedsplit: stopped; a run that had begun goes on with: fedsplit resume RUN", file=sys.stderr)
+        return 130
     finally:
         clients.close()
     print(folder)
