@@ -27,13 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: `type` is one of int, float, bool, str; `low` and `high` are inclusive."""
+    """A config key: `type` is one of int, float, bool, str; `low` and `high` are inclusive, `above` is not."""
 
     name: str
     type: type[Scalar]
     default: Scalar
     help: str
     low: float | None = None
+    above: float | None = None
     high: float | None = None
     choices: tuple[str, ...] | None = None
 
@@ -195,6 +196,8 @@ def _check(key: Key, value: Any) -> Scalar:
     number = value if isinstance(value, int | float) else 0.0
     if key.low is not None and number < key.low:
         raise FedsplitError(f"{key.name} must be at least {key.low:g}, got {value}.")
+    if key.above is not None and number <= key.above:
+        raise FedsplitError(f"{key.name} must be more than {key.above:g}, got {value}.")
     if key.high is not None and number > key.high:
         raise FedsplitError(f"{key.name} must be at most {key.high:g}, got {value}.")
     if key.choices is not None and value not in key.choices:
@@ -212,6 +215,10 @@ def _check_names(config: Config) -> None:
                 raise FedsplitError(f"{place.key} names no piece '{name}'{_hint(name, place.pieces)}; known: {known}.")
             if names.count(name) > 1:
                 raise FedsplitError(f"{place.key} names '{name}' more than once; name it once.")
+            try:
+                config._build(place, name)
+            except FedsplitError as error:  # values that do not go together; the piece does not know its name
+                raise FedsplitError(f"{place.prefix}.{name}: {error}") from None
         if place.single and len(names) != 1:
             raise FedsplitError(f"{place.key} must name exactly one of: {', '.join(place.pieces)}.")
 

@@ -43,11 +43,15 @@ def knob(
     help: str,
     *,
     low: float | None = None,
+    above: float | None = None,
     high: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A dataclass field that is also a config key: default, one-line help, inclusive range."""
-    meta = {"help": help, "low": low, "high": high, "choices": tuple(choices) if choices else None}
+    """A dataclass field that is also a config key: default, one-line help, range.
+
+    `low` and `high` are inclusive, `above` is an exclusive lower bound.
+    """
+    meta = {"help": help, "low": low, "above": above, "high": high, "choices": tuple(choices) if choices else None}
     return field(default=default, metadata=meta)
 
 
@@ -87,7 +91,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images `x` (B, 3, height, width) float32, labels `y` (B,) int64, sample `ids` (B,) int64."""
+    """Images `x` (B, 3, height, width) float32, labels `y` (B,) int64, sample `ids` (B,) int64.
+
+    Where the front is frozen, `x` may be its tokens (B, N, C), kept from an earlier pass.
+    """
 
     x: Tensor
     y: Tensor
@@ -126,7 +133,8 @@ class Job:
 
     `down` is the serialised parameter frame that crosses the wire. `server` is the state of the
     client's server-side part (body parameters, server optimiser): it stays at the server in a
-    deployment, travels only inside a simulation, and is never counted.
+    deployment, travels only inside a simulation, and is never counted. `memory` is what the client
+    wrote down for itself in its last round: it stays at the client in a deployment.
     """
 
     client: int
@@ -134,17 +142,19 @@ class Job:
     attempt: int
     down: bytes
     server: bytes
+    memory: bytes = b""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client's round gives back; `up` and `server` mirror those of `Job`."""
+    """What a client's round gives back; `up`, `server` and `memory` mirror those of `Job`."""
 
     client: int
     samples: int
     up: bytes
     server: bytes
     report: Report
+    memory: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -157,11 +167,21 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one client's round; sums over its steps unless the name says otherwise."""
+    """The figures of one client's round; sums over its steps unless the name says otherwise.
+
+    `local_loss` is the mean of the last epoch of the local phase, `local_accuracy` that of front joined
+    to tail after it, on the client's own samples; None where there was no such phase or no scoring.
+    `computed_samples` passed through the frozen front, which the others left out.
+    """
 
     steps: int = 0
     kept_samples: int = 0
     train_loss: float = 0.0
+    local_steps: int = 0
+    local_loss: float | None = None
+    local_accuracy: float | None = None
+    scored_samples: int = 0
+    computed_samples: int = 0
     personal_accuracy: float | None = None
     personal_samples: int = 0
     bytes: Mapping[str, int] = field(default_factory=dict)

@@ -4,16 +4,20 @@
 samples, `batches` turns what is left into tensors. The rest serves these: `parquet`, `hub`, `raw` and
 `decode` the sources, `partitioners` and `picture` the partitions, `store` (the cache folder) both.
 
-A selector is a frozen dataclass with `select(scores, key) -> keep mask`: `scores` (S,) float, one
-figure a sample, the mask (S,) bool with at least one True. Several selectors combine by 'and'.
+A selector is a frozen dataclass with `score(samples) -> scores`, the highest worth keeping,
+`select(scores, labels, key) -> keep mask` with at least one True, and `count(labels)`, how many that
+keeps (`selection.Selector` is the protocol). The masks of several selectors combine by 'and'.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from fedsplit.data.selection import BalancedEl2n, El2n, Entropy, Loss, Prototype, Random, Selector
 
-from fedsplit.data.selection import Random
-
-SELECTORS: dict[str, type[Any]] = {
+SELECTORS: dict[str, type[Selector]] = {
     "random": Random,
+    "el2n": El2n,
+    "el2n-balanced": BalancedEl2n,
+    "entropy": Entropy,
+    "loss": Loss,
+    "prototype": Prototype,
 }

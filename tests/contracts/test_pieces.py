@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,12 +79,19 @@ def test_half_halves_the_bytes_and_survives_large_values() -> None:
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_selector_keeps_something_and_is_decided_by_its_key(name: str) -> None:
     piece = SELECTORS[name](keep=0.5)
-    scores = torch.rand(40)
-    one, again, other = (piece.select(scores, stream) for stream in (1, 1, 2))
-    assert one.dtype == torch.bool and one.shape == scores.shape
-    assert torch.equal(one, again) and int(one.sum()) == 20
-    assert not torch.equal(one, other) or name != "random"
-    assert SELECTORS[name](keep=0.0).select(torch.rand(1), 0).all()
+    samples = SimpleNamespace(labels=torch.arange(40) % 4, classes=4)
+    samples.logits = samples.features = lambda: torch.randn(len(samples.labels), 4)
+    scores = piece.score(samples)
+    assert scores.shape == (40,) and scores.dtype == torch.float32 and scores.isfinite().all()
+    for values in (scores, torch.zeros(40)):
+        one, again, other = (piece.select(values, samples.labels, stream) for stream in (1, 1, 2))
+        assert one.dtype == torch.bool and one.shape == (40,)
+        assert torch.equal(one, again) and int(one.sum()) == piece.count(samples.labels) == 20
+    assert not torch.equal(one, other), "equal scores are no order: the key decides"
+    least = SELECTORS[name](keep=1e-9)
+    for size in (0, 1, 2):
+        labels = torch.zeros(size, dtype=torch.int64)
+        assert int(least.select(torch.rand(size), labels, 0).sum()) == least.count(labels) == min(size, 1)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -123,7 +131,10 @@ def test_every_pair_of_pieces_runs(pair: tuple[tuple[str, str], ...]) -> None:
 
 
 # Whether the order of two pieces in one list matters, by list key and names: filled as lists grow.
-COMMUTE: dict[tuple[str, str, str], bool] = {}
+COMMUTE: dict[tuple[str, str, str], bool] = {
+    ("data.select", *pair): True  # masks combine by 'and'
+    for pair in combinations(("el2n", "el2n-balanced", "entropy", "loss", "prototype", "random"), 2)
+}
 
 
 def test_the_table_says_which_pairs_commute() -> None:

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsplit.data import SELECTORS
 from fedsplit.data.batches import augment, batches, to_batch
-from fedsplit.data.selection import Random
 from fedsplit.types import Images
 
 
@@ -102,14 +100,3 @@ def test_to_batch_augments_by_its_stream(images: Images):
     idx = np.arange(30)
     one, same, other = (to_batch(images, idx, (0.5,) * 3, (0.5,) * 3, "flip", s, "cpu").x for s in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_random_selection():
-    scores = torch.zeros(40)
-    assert SELECTORS["random"] is Random
-    assert bool(Random().select(scores, 1).all())
-    half = Random(0.5).select(scores, 1)
-    assert half.dtype == torch.bool and int(half.sum()) == 20
-    assert torch.equal(half, Random(0.5).select(scores, 1)) and not torch.equal(half, Random(0.5).select(scores, 2))
-    assert int(Random(0.0).select(scores, 1).sum()) == 1
-    assert len(Random(0.5).select(scores[:0], 1)) == 0
