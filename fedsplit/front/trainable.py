@@ -52,7 +52,7 @@ def resolve(train: str, vit: nn.Module, parts: Parts) -> TrainSet:
             for part, parameters in owners.items()
             for name in parameters
             if word in ("all", part)
-            or (word == "head" and name.startswith(CLASSIFIER))
+            or (word == "head" and name.startswith((*CLASSIFIER, "local_head.")))
             or (word == "norms" and name in norms)
             or (word == "biases" and name.endswith(".bias"))
             or (word == "lora" and ".lora_" in name)

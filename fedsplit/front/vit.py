@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,48 @@ from fedsplit.rng import key
 from fedsplit.types import Cut, Op
 
 EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
-HEAD = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist")
+HEAD = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist", "local_head")
+Start = Literal["images", "embedding", "cut"]
+Reads = Literal["tokens", "pooled", "patches", "local_head"]
 
 
 class Part(nn.Module):
     """Blocks `numbers` of `vit`, with its embedding and its head where asked.
 
     Call it with images `(B, 3, height, width)` if it embeds, else tokens `(B, N, C)`; it returns
-    tokens, or logits `(B, classes)` if it classifies.
+    tokens, or logits `(B, classes)` if it classifies. `pools` ends it with what the classifier reads,
+    `(B, 1 or 2, C)`; `reads` says what a part that classifies is given.
     """
 
-    def __init__(self, vit: nn.Module, numbers: Sequence[int], *, embeds: bool, classifies: bool) -> None:
+    def __init__(
+        self,
+        vit: nn.Module,
+        numbers: Sequence[int],
+        *,
+        embeds: bool = False,
+        classifies: bool = False,
+        pools: bool = False,
+        reads: Reads = "tokens",
+    ) -> None:
         super().__init__()
         self.numbers = tuple(numbers)
         self.embeds = embeds
         self.classifies = classifies
+        self.pools = pools
+        self.reads = reads
         self._shell = _shell(vit, self.numbers, embeds, classifies)
+        if reads == "pooled":
+            cast(Any, self._shell).global_pool = "token"  # the one token there is
         self.random = any(_is_random(module) for module in self._shell.modules())
+        self.embeds_randomly = any(
+            _is_random(module)
+            for name, module in self._shell.named_modules()
+            if name.startswith(EMBEDDING) and ".prompt" not in name
+        )
 
-    def forward(self, x: Tensor, noise: int | None = None, ops: Sequence[Op] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise: int | None = None, ops: Sequence[Op] | None = None, start: Start = "images"
+    ) -> Tensor:
         """Run the part.
 
         Every address draws its dropout from its own stream, so the draws do not depend on where
@@ -47,28 +70,63 @@ class Part(nn.Module):
             x: images or tokens, see the class.
             noise: this step's random stream; None leaves torch's own generator alone.
             ops: one `Op` per block of this part; None runs all of them in full.
+            start: how far `x` has come already, in a part that embeds: "embedding" is what `embed` gave,
+                "cut" this part's output.
         """
+        if self.embeds and start == "cut":
+            return x
         if self.embeds:
-            self._seed(noise, "embedding")
-            vit = cast(Any, self._shell)
-            x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-            # What arrives over a wire is contiguous. Without a class token timm's tokens are not, at any
-            # depth, and kernels round strided tensors differently: so all cuts start contiguous.
-            x = x.contiguous()
+            if start == "images":
+                x = self.embed(x, noise)
+            else:
+                self._seed(noise, "embedding")
+            x = _prompted(self._shell.norm_pre, "prompt", x)
         for place, number in enumerate(self.numbers):
-            op = Op.FULL if ops is None else ops[place]
-            if op is not Op.SKIP:
-                self._seed(noise, number)
-                x = run_block(cast(Any, self._shell).blocks[str(number)], x, op)
+            self._seed(noise, number)
+            block = cast(Any, self._shell).blocks[str(number)]
+            x = run_block(block, x, Op.FULL if ops is None else ops[place])
+        if self.pools:
+            x = pooled(self._shell, x)
         if self.classifies:
             self._seed(noise, "head")
-            vit = cast(Any, self._shell)
-            x = vit.forward_head(vit.norm(x))
+            x = self._classify(x)
         return x
+
+    def embed(self, x: Tensor, noise: int | None = None) -> Tensor:
+        """Tokens (B, N, C) of images (B, 3, height, width), before any prompt and block."""
+        self._seed(noise, "embedding")
+        vit = cast(Any, self._shell)
+        norm = getattr(vit.norm_pre, "inner", vit.norm_pre)
+        # What arrives over a wire is contiguous. Without a class token timm's tokens are not, at any
+        # depth, and kernels round strided tensors differently: so all cuts start contiguous.
+        tokens: Tensor = norm(vit.patch_drop(vit._pos_embed(vit.patch_embed(x)))).contiguous()
+        return tokens
+
+    def feature(self, x: Tensor) -> Tensor:
+        """The mean patch token (B, C) of this part's output (B, N, C)."""
+        return x[:, self.prefix :].mean(1)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of this part's last output (or of what it classifies) before the patches, prompts included."""
+        return int(cast(Any, self._shell).num_prefix_tokens)
+
+    @prefix.setter
+    def prefix(self, count: int) -> None:
+        cast(Any, self._shell).num_prefix_tokens = count
 
     def named(self) -> dict[str, nn.Parameter]:
         """The part's parameters by their global names, in the model's order."""
         return dict(self._shell.named_parameters())
+
+    def _classify(self, x: Tensor) -> Tensor:
+        vit = cast(Any, self._shell)
+        if self.reads == "local_head":
+            return cast(Tensor, vit.local_head(self.feature(x)))
+        x = vit.norm(x)
+        if self.reads == "patches":  # in the place of the class token, and of the distillation token
+            x = x[:, self.prefix :].mean(1, keepdim=True).expand(-1, 2, -1)
+        return cast(Tensor, vit.forward_head(x))
 
     def _seed(self, noise: int | None, address: int | str) -> None:
         if noise is not None and self.random and self.training:
@@ -94,24 +152,75 @@ class Parts:
         return logits
 
 
-def split(vit: nn.Module, cut: Cut) -> Parts:
-    """Cut `vit` into front, body and tail; the parts share its parameters."""
+def split(vit: nn.Module, cut: Cut, pool: str = "tail") -> Parts:
+    """Cut `vit` into front, body and tail, which share its parameters; `pool` says who pools its tokens."""
     last = cut.depth - cut.tail
-    return Parts(
-        front=Part(vit, range(cut.front), embeds=True, classifies=False),
-        body=Part(vit, cut.body, embeds=False, classifies=False),
-        tail=Part(vit, range(last, cut.depth), embeds=False, classifies=True),
+    at_body = pool == "body"
+    parts = Parts(
+        front=Part(vit, range(cut.front), embeds=True),
+        body=Part(vit, cut.body, pools=at_body),
+        tail=Part(vit, range(last, cut.depth), classifies=True, reads="pooled" if at_body else "tokens"),
     )
+    parts.front.prefix -= prompts_in(parts.body)
+    return parts
+
+
+def shortcut(vit: nn.Module, cut: Cut, parts: Parts, reads: Reads) -> Part:
+    """The tail as it reads the front's own tokens, with the body left out; `reads` is one of its inputs."""
+    last = cut.depth if reads == "local_head" else cut.depth - cut.tail
+    short = Part(vit, range(last, cut.depth), classifies=True, reads=reads)
+    short.prefix = parts.front.prefix
+    return short
+
+
+def pooled(vit: Any, x: Tensor) -> Tensor:
+    """What the classifier of `vit` reads of the last tokens (B, N, C): its class tokens, or their mean (B, 1, C)."""
+    if vit.global_pool == "token":
+        return x[:, : 2 if hasattr(vit, "head_dist") else 1]
+    return cast(Tensor, vit.pool(x)).unsqueeze(1)
+
+
+def can_pool_early(vit: Any) -> bool:
+    """Whether pooling may come before the tail: nothing but the classifier, or a norm of each token, follows it."""
+    if getattr(vit, "attn_pool", None) is not None:
+        return False
+    return vit.global_pool == "token" or isinstance(vit.norm, nn.Identity)
+
+
+def prompts_in(part: Part) -> int:
+    """Tokens that `part` puts in on the way."""
+    return sum(getattr(module, "adds", 0) for module in part.modules())
+
+
+def opening(front: Part, trained: Sequence[str]) -> slice:
+    """The tokens of the front's output that need a gradient: the prompts, where only they train and come last."""
+    shell = cast(Any, front._shell)
+    last = shell.blocks[str(front.numbers[-1])] if front.numbers else shell.norm_pre
+    name = f"blocks.{front.numbers[-1]}.prompt_after" if front.numbers else "norm_pre.prompt"
+    prompt = getattr(last, name.rpartition(".")[2], None)
+    if prompt is None or not trained or not all(parameter.startswith(f"{name}.") for parameter in trained):
+        return slice(None)
+    return slice(prompt.prefix, prompt.prefix + prompt.adds)
 
 
 def run_block(block: nn.Module, x: Tensor, op: Op) -> Tensor:
-    """One block, `(B, N, C)` to `(B, N, C)`: FULL, or FORWARD with its branches cut off from autograd."""
+    """One block, (B, N, C) to (B, N, C): FULL, FORWARD with its branches cut off from autograd, or SKIP.
+
+    Prompts that sit before or after the block go in whatever the op is.
+    """
+    x = _prompted(block, "prompt_before", x)
     if op is Op.FULL:
-        full: Tensor = block(x)
-        return full
-    with torch.no_grad():
-        branch: Tensor = block(x) - x
-    return x + branch
+        x = block.forward(x)  # past the hooks, which put the prompts in where timm runs the block
+    elif op is Op.FORWARD:
+        with torch.no_grad():
+            branch: Tensor = block.forward(x) - x
+        x = x + branch
+    return _prompted(block, "prompt_after", x)
+
+
+def _prompted(owner: Any, place: str, x: Tensor) -> Tensor:
+    prompt = getattr(owner, place, None)
+    return x if prompt is None else cast(Tensor, prompt(x))
 
 
 def _shell(vit: nn.Module, numbers: Sequence[int], embeds: bool, classifies: bool) -> nn.Module:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsplit.client import _batches, keep
+from fedsplit.client import plan_batches
 from fedsplit.config import Config, resolve
+from fedsplit.data.batches import to_batch
 from fedsplit.experiment import start
 from fedsplit.rng import key
 from fedsplit.types import Job, Scalar, Tensors, Update
@@ -81,13 +82,14 @@ def unsplit(config: Config, make: Callable[[Any], torch.optim.Optimizer]) -> Ref
     vit.norm_pre.register_forward_hook(lambda _module, _inputs, tokens: tokens.contiguous())
     vit.norm.register_forward_pre_hook(seed("head"))
     for number, block in enumerate(vit.blocks):
-        block.register_forward_pre_hook(seed(number))
+        block.register_forward_pre_hook(seed(number), prepend=True)  # before its prompts
     vit.train()
     trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
     optimizer = make(list(trained.values()))
     losses: list[float] = []
     job = job_of(built)
-    for batch in _batches(built, job, keep(built, job)):
+    for indices, stream in plan_batches(built, job, built.shards[job.client]):
+        batch = to_batch(built.data.train, indices, kind=config.data.augment, stream=stream, **built.look)
         optimizer.zero_grad()
         loss: Tensor = F.cross_entropy(vit(batch.x), batch.y)
         loss.backward()  # type: ignore[no-untyped-call]
