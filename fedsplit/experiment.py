@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsplit import local
 from fedsplit.config import Config
 from fedsplit.data.partitions import plot as plot_partition
 from fedsplit.metrics.quality import Quality, evaluate
@@ -78,7 +79,7 @@ def check(config: Config, built: World) -> None:
 
     Raises:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
-            are, or a fault that can never happen.
+            are, a fault that can never happen, or a client that cannot work alone as it is asked to.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -92,6 +93,7 @@ def check(config: Config, built: World) -> None:
                 f"engine.faults: '{fault.kind}' never happens to client {fault.client}: "
                 f"clients are 0 to {devices - 1}, rounds 1 to {config.rounds}."
             )
+    local.check(built)
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
 

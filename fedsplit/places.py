@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit import body, control, data, front, share, wire
+from fedsplit import body, control, data, front, share, tail, wire
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Place:
 
 PLACES: tuple[Place, ...] = (
     Place("data.select", "data", data.SELECTORS),
+    Place("local.phases", "local", tail.PHASES),
     Place("front.edits", "front", front.EDITS),
     Place("front.penalties", "front", front.PENALTIES),
     *(Place(f"wire.{stream}", "wire", wire.CODECS) for stream in wire.STREAMS),

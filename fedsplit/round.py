@@ -7,7 +7,7 @@ carries jobs to clients and brings updates back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,11 +32,15 @@ Listener = Callable[[Update | Failure], None]
 
 @dataclass(frozen=True)
 class State:
-    """What the server knows between rounds: all trained parameters, and a shared optimiser's state."""
+    """What outlives a round: all trained parameters, a shared optimiser's state, the clients' own memory.
+
+    `memory` is at the server in a simulation only; it is empty for a client that has nothing to remember.
+    """
 
     round: int
     model: Tensors
     optimizer: Tensors = field(default_factory=dict)
+    memory: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class _Desk:
     def __init__(self, world: World, state: State, number: int, attempt: int, heard: Listener) -> None:
         self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
+        self.memory = state.memory
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
         self.updates: dict[int, Update] = {}
@@ -99,7 +104,10 @@ class _Desk:
                 frames[number] = next(iter(frames.values()))
             else:
                 frames[number] = Link(self.world.codecs, self.number, number).encode("parameters-down", client)
-        return [Job(number, self.number, self.attempt, frames[number], server) for number in clients]
+        return [
+            Job(number, self.number, self.attempt, frames[number], server, self.memory.get(number, b""))
+            for number in clients
+        ]
 
     def take(self, results: Iterator[Update | Failure]) -> None:
         """Let in what passes the gate."""
@@ -137,7 +145,8 @@ class _Desk:
             merge = self.world.config.piece("share.merge").merge
             model = {**model, **merge(averaged, [self.tensors[client] for client in ids], weights)}
         kept = self.optimizer if self.world.config.server.optimizer == "keep" and not parallel else {}
-        return State(self.number, model, kept)
+        fresh = {client: update.memory for client, update in self.updates.items() if update.memory}
+        return State(self.number, model, kept, {**self.memory, **fresh})
 
 
 def sample(world: World, number: int, attempt: int) -> list[int]:

@@ -88,7 +88,9 @@ class RunFolder:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         frame = pack(
-            {f"model|{k}": v for k, v in state.model.items()} | {f"optim|{k}": v for k, v in state.optimizer.items()}
+            {f"model|{k}": v for k, v in state.model.items()}
+            | {f"optim|{k}": v for k, v in state.optimizer.items()}
+            | {f"client|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.memory.items()}
         )
         _durable(scratch / "state.safetensors", frame)
         _durable(scratch / "round.json", json.dumps({"round": state.round, "sha256": sha256(state.model)}).encode())
@@ -160,13 +162,14 @@ def _read_checkpoint(folder: Path) -> State:
     try:
         tensors = unpack((folder / "state.safetensors").read_bytes())
         about = json.loads((folder / "round.json").read_text())
-        parts: dict[str, Tensors] = {"model": {}, "optim": {}}
+        parts: dict[str, Tensors] = {"model": {}, "optim": {}, "client": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition("|")
             parts[part][rest] = value
         if about["sha256"] != sha256(parts["model"]):
             raise ValueError("another digest")
-        return State(about["round"], parts["model"], parts["optim"])
+        memory = {int(client): frame.numpy().tobytes() for client, frame in parts["client"].items()}
+        return State(about["round"], parts["model"], parts["optim"], memory)
     except (OSError, ValueError, KeyError, TypeError, FedsplitError):
         raise FedsplitError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from None
 

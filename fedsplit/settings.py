@@ -57,6 +57,11 @@ class CutKeys:
         "'u-shape' keeps labels and tail at the client, 'vanilla' gives both to the server, 'none' does not split",
         choices=("u-shape", "vanilla", "none"),
     )
+    pool: str = knob(
+        "tail",
+        "who pools the tokens before the classifier: 'tail', or 'body', which then sends down only what the classifier reads",
+        choices=("tail", "body"),
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,13 @@ class Local:
 
     epochs: int = knob(1, "passes over the kept samples", low=0)
     batch_size: int = knob(16, "samples per step", low=1)
-    max_steps: int = knob(0, "at most so many steps a round; 0 is no limit", low=0)
+    max_steps: int = knob(0, "at most so many split steps a round; 0 is no limit", low=0)
+    phases: str = knob("", "pieces that train front and tail without the server, before the split steps")
+    head: str = knob(
+        "auto",
+        "what classifies the front's own tokens: the 'tail', the tail on the mean of the 'patches', an 'auxiliary' head; 'auto' is the tail unless its class token has not met the image",
+        choices=("auto", "tail", "patches", "auxiliary"),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,9 @@ class Front:
 
     edits: str = knob("", "pieces that change the front at build, in order")
     penalties: str = knob("", "pieces that add a term to the loss of the front, summed")
+    cache: bool = knob(True, "keep what a frozen front computes of an image for later epochs and rounds")
+    cache_memory_bytes: int = knob(256_000_000, "memory for kept front outputs, in bytes", low=0)
+    cache_disk_bytes: int = knob(4_000_000_000, "disk for those that do not fit into memory, in bytes", low=0)
 
 
 @dataclass(frozen=True)

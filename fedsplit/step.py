@@ -14,14 +14,14 @@ process, or a stream to another machine; this file cannot tell. Axes: B batch, N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedsplit.front.vit import Part
+from fedsplit.front.vit import Part, Start
 from fedsplit.metrics.memory import Meter
 from fedsplit.optim import PartOptimizer
 from fedsplit.rng import key
@@ -54,7 +54,11 @@ class Body(Protocol):
 
 @dataclass
 class Client:
-    """What a device holds: its parts, its end of the wire, and what must travel back for training."""
+    """What a device holds: its parts, its end of the wire, and what must travel back for training.
+
+    `start` says what a batch holds (see `Part`), `open` which of the front's output tokens wait for a
+    gradient.
+    """
 
     front: Part
     tail: Part
@@ -63,13 +67,16 @@ class Client:
     front_trains: bool
     body_trains: bool
     penalties: Sequence[Penalty] = ()
+    start: Start = "images"
+    open: slice = field(default_factory=lambda: slice(None))
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     memory: dict[int, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
 
     def embed(self, batch: Batch, noise: int) -> tuple[Tensor, Tensor]:
         """Activations (B, N, C) at the cut and the penalty on them; no graph if the front is frozen."""
         with torch.set_grad_enabled(self.front_trains), self.meter:
-            h = self.front(batch.x, noise)
+            h = self.front(batch.x, noise, start=self.start)
             total = h.new_zeros(())
             for place, piece in enumerate(self.penalties):
                 stream = key(noise, "penalty", place)
@@ -80,7 +87,7 @@ class Client:
     def loss(self, z: Tensor, labels: Tensor, noise: int) -> Tensor:
         """Mean loss of the tail on tokens `z` (B, N, C) for `labels` (B,)."""
         with self.meter:
-            return cross_entropy(self.tail(z, noise), labels)
+            return self.criterion(self.tail(z, noise), labels)
 
 
 def u_shape_step(client: Client, body: Body, batch: Batch, noise: int, plan: Plan | None = None) -> float:
@@ -96,7 +103,7 @@ def u_shape_step(client: Client, body: Body, batch: Batch, noise: int, plan: Pla
     if z.grad is not None:
         returned = body.backward(client.link.encode("gradients-up", {"x": z.grad}))
         if client.front_trains:
-            _backward(h, client.link.decode("gradients-down", returned), penalty)
+            _backward(h[:, client.open], client.link.decode("gradients-down", returned), penalty)
     client.optimizer.step()
     return loss.item()
 
@@ -108,18 +115,19 @@ def vanilla_step(client: Client, server: Body, batch: Batch, noise: int, plan: P
     up = client.link.encode("activations-up", {"x": h, "labels": batch.y})
     returned, loss = server.learn(up, noise, plan)
     if client.front_trains:
-        _backward(h, client.link.decode("gradients-down", returned), penalty)
+        _backward(h[:, client.open], client.link.decode("gradients-down", returned), penalty)
         client.optimizer.step()
     return loss
 
 
 def local_step(client: Client, batch: Batch, noise: int) -> float:
-    """No split: the front is the whole depth, and nothing crosses the wire (FedAvg, centralised)."""
+    """Nothing crosses the wire: the front is the whole depth (FedAvg), or the body is left out (SFPrompt)."""
     client.optimizer.zero_grad()
     h, penalty = client.embed(batch, noise)
     loss = client.loss(h, batch.y, noise)
     total: Any = loss + penalty if client.penalties else loss
-    total.backward()
+    if total.requires_grad:
+        total.backward()
     client.optimizer.step()
     return loss.item()
 

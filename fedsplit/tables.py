@@ -84,6 +84,8 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
         "loss": quality.loss if quality else "",
         "personal_accuracy": personal / tested if tested else "",
         "train_loss": sum(r.train_loss * r.kept_samples for r in reports) / max(1, seen),
+        "local_loss": _mean([(update.report.local_loss, update.samples) for update in outcome.updates]),
+        "local_accuracy": _mean([(update.report.local_accuracy, update.samples) for update in outcome.updates]),
         "clients": len(reports),
         "failures": failures,
         "kept_samples": seen,
@@ -126,6 +128,12 @@ def by_stream(outcome: Outcome) -> dict[str, int]:
     }
 
 
+def _mean(figures: Sequence[tuple[float | None, int]]) -> float | str:
+    """The weighted mean of those there are; an empty cell where there are none."""
+    there = [(figure, weight) for figure, weight in figures if figure is not None]
+    return sum(figure * weight for figure, weight in there) / sum(weight for _, weight in there) if there else ""
+
+
 def _client_row(number: int, update: Update, seconds: float, joules: float) -> dict[str, Any]:
     report = update.report
     streams = {f"bytes_{name.replace('-', '_')}": report.bytes.get(name, 0) for name in STREAMS}
@@ -137,6 +145,11 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "steps": report.steps,
         "messages": report.messages,
         "train_loss": report.train_loss,
+        "local_steps": report.local_steps,
+        "local_loss": "" if report.local_loss is None else report.local_loss,
+        "local_accuracy": "" if report.local_accuracy is None else report.local_accuracy,
+        "scored_samples": report.scored_samples,
+        "computed_samples": report.computed_samples,
         "personal_accuracy": "" if report.personal_accuracy is None else report.personal_accuracy,
         "personal_samples": report.personal_samples,
         **streams,

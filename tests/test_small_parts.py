@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.client import client_share, keep, learning_rate
+from fedsplit.client import client_share, learning_rate
 from fedsplit.config import Config, resolve
+from fedsplit.local import Choice
 from fedsplit.optim import PartOptimizer
 from fedsplit.rng import key, numpy_rng, torch_rng
 from fedsplit.round import sample
+from fedsplit.samples import Stock
 from fedsplit.settings import Optimizer
 from fedsplit.types import Cut, FedsplitError, Job, split_names
 from fedsplit.world import pick_device, world
@@ -79,9 +81,9 @@ def test_selectors_combine_by_and() -> None:
     config = resolve({**BASE, "data.select": "random", "data.random.keep": 0.5})
     built = world(config)
     job = Job(2, 1, 0, b"", b"")
-    kept = keep(built, job)
+    kept, again = (Choice(built, job, Stock(built, job, {}), {}).kept() for _ in range(2))
     assert len(kept) == 6 and set(kept) < set(built.shards[2])
-    assert list(kept) == list(keep(built, job))
+    assert list(kept) == list(again)
 
 
 def test_the_learning_rate_warms_up_and_follows_its_schedule() -> None:

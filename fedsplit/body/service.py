@@ -20,7 +20,7 @@ class LocalBody:
     """Body (and, when vanilla, tail) with its optimiser and its end of the wire.
 
     `trains` says whether a parameter here trains, `client_trains` whether the client's front waits
-    for a gradient; with neither, no graph is kept.
+    for a gradient, and `open` which of its tokens do; with neither, no graph is kept.
     """
 
     body: Part
@@ -29,6 +29,7 @@ class LocalBody:
     optimizer: PartOptimizer
     trains: bool
     client_trains: bool
+    open: slice = field(default_factory=lambda: slice(None))
     meter: Meter = field(default_factory=Meter)
     _u: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _v: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
@@ -72,4 +73,4 @@ class LocalBody:
         self.optimizer.step()
         if not self.client_trains or self._u.grad is None:
             return b""
-        return self.link.encode("gradients-down", {"x": self._u.grad})
+        return self.link.encode("gradients-down", {"x": self._u.grad[:, self.open]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedsplit.config import Config
 from fedsplit.places import PLACES
 
-WIDTH = 42
+WIDTH = 50
 
 
 def draw(config: Config) -> str:
@@ -23,13 +23,17 @@ def _split(config: Config) -> list[str]:
         way: config.names(f"wire.{way}")
         for way in ("activations-up", "activations-down", "gradients-up", "gradients-down")
     }
-    front = f"data ─► front ({cut.front} blocks)"
+    if phases := config.names("local.phases"):
+        rows.append(_row(f"data ─► front ─► tail, loss: {', '.join(phases)}", "(alone first)"))
+    chosen = ", ".join(config.names("data.select"))
+    front = f"data{f' [{chosen}]' if chosen else ''} ─► front ({cut.front} blocks)"
     rows.append(_row(f"{front} {up}", f"body{_with(codecs['activations-up'])}"))
     if shape == "vanilla":
         rows.append(_row("labels ──►", "tail, loss"))
         rows.append(_row("front ◄──gradients──", f"body{_with(codecs['gradients-down'])}"))
         return rows + _shared(config)
-    rows.append(_row(f"tail ({cut.tail} blocks) ◄──activations──", f"body{_with(codecs['activations-down'])}"))
+    pool = ", pools" if cut.pool == "body" else ""
+    rows.append(_row(f"tail ({cut.tail} blocks) ◄──activations──", f"body{pool}{_with(codecs['activations-down'])}"))
     rows.append(_row("loss", ""))
     rows.append(_row(f"tail {down}", f"body{_with(codecs['gradients-up'])}"))
     rows.append(_row("front ◄──gradients──", f"body{_with(codecs['gradients-down'])}"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsplit.front.vit import Part, split
+from fedsplit.front.vit import Part, Reads, Start, shortcut, split
 from fedsplit.types import Cut
 
 T = TypeVar("T")
@@ -19,22 +19,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs per sample (a multiply and an add are two), forward and backward, by part.
+    """FLOPs per sample (a multiply and an add are two), by part.
 
-    The backward pass is counted for what trains: nothing runs below the lowest trained parameter.
+    `front`, `body` and `tail` are those of a split step, forward and backward. The backward pass is
+    counted for what trains: nothing runs below the lowest trained parameter. `local` is a step of front
+    and tail without the body, `score` its forward pass; `kept` is what a kept front output saves of
+    any of these.
     """
 
     front: int
     body: int
     tail: int
+    local: int = 0
+    score: int = 0
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        """All three parts."""
+        """All three parts of a split step."""
         return self.front + self.body + self.tail
 
 
-def step_flops(vit: nn.Module, cut: Cut, image_size: int) -> StepFlops:
+def step_flops(
+    vit: nn.Module,
+    cut: Cut,
+    image_size: int,
+    pool: str = "tail",
+    reads: Reads = "tokens",
+    start: Start = "images",
+) -> StepFlops:
     """Count one sample's training step with the parameters that now require gradients.
 
     Attention is counted as its two matrix products, whichever kernel runs; recomputation inside
@@ -44,7 +57,7 @@ def step_flops(vit: nn.Module, cut: Cut, image_size: int) -> StepFlops:
     for module in ghost.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
-    parts = split(ghost, cut)
+    parts = split(ghost, cut, pool)
     parts.train()
     x = torch.empty(1, 3, image_size, image_size, device="meta")
     front_trains = any(p.requires_grad for p in parts.front.named().values())
@@ -62,8 +75,19 @@ def step_flops(vit: nn.Module, cut: Cut, image_size: int) -> StepFlops:
     v = run("body", parts.body, u, front_trains or body_trains)
     w = v.detach().requires_grad_(front_trains or body_trains)
     logits = run("tail", parts.tail, w, True)
-    back = {name: _backward(out) for name, out in (("tail", logits), ("body", v), ("front", h))}
-    return StepFlops(*(forward[name] + back[name] for name in ("front", "body", "tail")))
+    guess = run("short", shortcut(ghost, cut, parts, reads), h.detach().requires_grad_(front_trains), True)
+    outputs = (("tail", logits), ("body", v), ("front", h), ("short", guess))
+    back = {name: _backward(out) for name, out in outputs}
+    front, body, tail = (forward[name] + back[name] for name in ("front", "body", "tail"))
+    kept = {"images": 0, "cut": forward["front"]}.get(start)
+    return StepFlops(
+        front,
+        body,
+        tail,
+        local=front + forward["short"] + back["short"],
+        score=forward["front"] + forward["short"],
+        kept=_count(lambda: parts.front.embed(x))[1] if kept is None else kept,
+    )
 
 
 def _backward(out: Tensor) -> int:

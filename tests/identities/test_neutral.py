@@ -16,7 +16,10 @@ from fedsplit.world import world
 
 # The neutral setting of every piece, by list key and name; None where only leaving it out is neutral.
 NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
-    "data.select": {"random": {"data.random.keep": 1.0}},
+    "data.select": {
+        name: {f"data.{name}.keep": 1.0} for name in ("random", "el2n", "el2n-balanced", "entropy", "loss", "prototype")
+    },
+    "local.phases": {"self-update": {"local.self-update.epochs": 0}},
     "front.edits": {"prompts": {"front.prompts.count": 0}},
     "front.penalties": {},
     "body.edits": {"lora": {}},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsplit import experiment
-from fedsplit.config import Config, resolve, to_toml
+from fedsplit.config import Config, read_toml, resolve, to_toml
 from fedsplit.progress import Silent
 from fedsplit.runtime import superlink
 from fedsplit.runtime.inprocess import Loop, Pool
@@ -83,6 +83,26 @@ def test_a_flower_run_that_goes_on_with_one_begun_in_process(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "summary.json").exists()
     flwr_run(ROOT, {"resume": str(tmp_path / "run")}, nodes=2, cwd=tmp_path)
     assert digest(tmp_path / "run") == reference
+
+
+@pytest.mark.slow
+def test_sfprompt_and_what_its_clients_remember(tmp_path: Path) -> None:
+    """Kept front outputs and choices made once travel with a client: weights, ledger and FLOPs are the same."""
+    paper = read_toml(ROOT / "configs/papers/sfprompt.toml")
+    small = {"local.self-update.epochs": 2, "data.el2n.once": True, "rounds": 3}
+    values = {**paper, **{name: VALUES[name] for name in VALUES if name.startswith(("data.", "devices."))}, **small}
+    folders = {name: tmp_path / name for name in ("loop", "pool", "flower")}
+    configs = {name: resolve({**values, "out": str(folder)}) for name, folder in folders.items()}
+    experiment.run(configs["loop"], Loop(configs["loop"]))
+    pool = Pool(configs["pool"].replace(engine__workers=2))
+    try:
+        experiment.run(configs["pool"], pool)
+    finally:
+        pool.close()
+    flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders.values()]
+    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples"):
+        assert len({summary[name] for summary in summaries}) == 1, name
 
 
 @pytest.mark.slow
