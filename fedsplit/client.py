@@ -10,10 +10,12 @@ from dataclasses import replace
 import torch
 
 from fedsplit.body.service import LocalBody
-from fedsplit.data.batches import batches, to_batch
-from fedsplit.metrics.memory import Meter, weight_bytes
+from fedsplit.data.batches import batches
+from fedsplit.local import Alone, work_alone
+from fedsplit.metrics.memory import weight_bytes
 from fedsplit.metrics.quality import evaluate
 from fedsplit.optim import PartOptimizer
+from fedsplit.samples import Stock
 from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Job, Report, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
@@ -22,21 +24,36 @@ from fedsplit.world import Indices, World, values_of
 
 
 def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
-    """A client's round: receive, choose samples, train for the local epochs, send back.
+    """A client's round: receive, work alone, train through the server for the local epochs, send back.
 
     Pure: the update depends on the world and the job alone. The server's side of the client's steps
     runs here too, in an object of its own that sees only bytes; `tap` sees what it received.
     """
     start = time.perf_counter()
-    settings = world.config
     link = Link(world.codecs, job.round, job.client)
     world.load(link.decode("parameters-down", job.down))
+    report, server, own = work(world, job, link, tap)
+    up = link.encode("parameters-up", values_of(world.client))
+    report = replace(report, bytes=dict(link.sizes), messages=link.messages, wall_s=time.perf_counter() - start)
+    return Update(job.client, len(world.shards[job.client]), up, pack(values_of(world.server) | server), report, own)
+
+
+def work(world: World, job: Job, link: Link, tap: Tap | None = None) -> tuple[Report, Tensors, bytes]:
+    """A client's round from what it received to what it sends back, over `link`.
+
+    Returns:
+        Its figures, the moments of the server's optimiser, and what the client writes down for itself.
+    """
+    settings = world.config
     lr = learning_rate(world, job.round)
     body = _body(world, job, lr, tap)
     client = _client(world, link, lr)
-    kept = keep(world, job)
+    memory = unpack(job.memory)
+    stock = Stock(world, job, memory)
+    alone = work_alone(world, job, client, stock, lr, memory)
     loss, steps, seen = 0.0, 0, 0
-    for batch in _batches(world, job, kept):
+    for indices, stream in plan_batches(world, job, alone.kept):
+        batch = stock.batch(indices, stream)
         noise = world.key("noise", job.round, job.client, steps)
         loss += _step(world, client, body, batch, noise) * len(batch.y)
         if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
@@ -44,30 +61,19 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
         client.meter.close()
         body.meter.close()
         steps, seen = steps + 1, seen + len(batch.y)
-    report = _measured(world, job, client, body, seen)
-    up = link.encode("parameters-up", values_of(world.client))
-    server = pack(values_of(world.server) | _server_moments(world, body.optimizer))
+    report = _measured(world, job, client, body, seen, alone, stock)
     report = replace(
         report,
         steps=steps,
-        kept_samples=len(kept),
+        kept_samples=len(alone.kept),
         train_loss=loss / max(1, seen),
-        bytes=dict(link.sizes),
-        messages=link.messages,
-        wall_s=time.perf_counter() - start,
+        local_steps=alone.steps,
+        local_loss=alone.loss,
+        local_accuracy=alone.accuracy,
+        scored_samples=alone.scored,
+        computed_samples=stock.computed,
     )
-    return Update(job.client, len(world.shards[job.client]), up, server, report)
-
-
-def keep(world: World, job: Job) -> Indices:
-    """The client's samples that the selectors keep this round."""
-    shard = world.shards[job.client]
-    mask = torch.ones(len(shard), dtype=torch.bool)
-    names = world.config.names("data.select")
-    for name, piece in zip(names, world.config.pieces("data.select"), strict=True):
-        mask &= piece.select(torch.zeros(len(shard)), world.key("select", name, job.round, job.client))
-    kept: Indices = shard[mask.numpy()]
-    return kept
+    return report, _server_moments(world, body.optimizer), pack({**alone.memory, **stock.memory()})
 
 
 def learning_rate(world: World, number: int) -> float:
@@ -95,6 +101,8 @@ def _client(world: World, link: Link, lr: float) -> Client:
         front_trains=bool(world.trains.front),
         body_trains=bool(world.trains.body),
         penalties=settings.pieces("front.penalties"),
+        start=world.start,
+        open=world.open,
     )
     client.meter.ignore(world.backbone.vit.parameters())
     return client
@@ -114,12 +122,14 @@ def _body(world: World, job: Job, lr: float, tap: Tap | None) -> LocalBody:
         optimizer=optimizer,
         trains=bool(world.server),
         client_trains=bool(world.trains.front),
+        open=world.open,
     )
     body.meter.ignore(world.backbone.vit.parameters())
     return body
 
 
-def _batches(world: World, job: Job, kept: Indices) -> Iterator[Batch]:
+def plan_batches(world: World, job: Job, kept: Indices) -> Iterator[tuple[Indices, int]]:
+    """The batches (B,) of the split steps over the samples `kept`, each with its augmentation stream."""
     settings = world.config
     left = settings.local.max_steps or math.inf
     for epoch in range(settings.local.epochs):
@@ -128,8 +138,7 @@ def _batches(world: World, job: Job, kept: Indices) -> Iterator[Batch]:
             if left <= 0:
                 return
             left -= 1
-            noise = world.key("augment", job.round, job.client, epoch, step)
-            yield to_batch(world.data.train, indices, kind=settings.data.augment, stream=noise, **world.look)
+            yield indices, world.key("augment", job.round, job.client, epoch, step)
 
 
 def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: int) -> float:
@@ -139,16 +148,26 @@ def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: in
     return step(client, body, batch, noise)
 
 
-def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int) -> Report:
+def client_compute(world: World, seen: int, alone: int, scored: int, computed: int) -> int:
+    """FLOPs at the client: `seen` samples in split steps, `alone` in local ones, `scored` looked at.
+
+    Of all these, `computed` went through the frozen part of the front; the others were kept.
+    """
+    flops = world.flops
+    spared = seen + alone + scored - computed
+    return client_share(world)[0] * seen + flops.local * alone + flops.score * scored - flops.kept * spared
+
+
+def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int, alone: Alone, stock: Stock) -> Report:
     """Compute and memory of a round of `seen` samples, and its personalised accuracy if that is asked for."""
-    client_flops, server_flops = client_share(world)
     tails = [body.tail] if body.tail else []
     tested = len(world.held_out[job.client]) if world.config.eval.per_client else 0
     return Report(
-        client_flops=client_flops * seen,
-        server_flops=server_flops * seen,
-        client_peak_bytes=_peak(client.optimizer, client.meter, [client.front, *([] if tails else [client.tail])]),
-        server_peak_bytes=_peak(body.optimizer, body.meter, [body.body, *tails]),
+        client_flops=client_compute(world, seen, alone.seen, alone.scored, stock.computed),
+        server_flops=client_share(world)[1] * seen,
+        client_peak_bytes=_weights([client.front, *([] if tails else [client.tail])])
+        + max(alone.kept_bytes, client.optimizer.state_bytes() + client.meter.saved_bytes),
+        server_peak_bytes=_weights([body.body, *tails]) + body.optimizer.state_bytes() + body.meter.saved_bytes,
         personal_accuracy=_personal(world, job.client) if tested else None,
         personal_samples=tested,
     )
@@ -171,6 +190,5 @@ def _personal(world: World, client: int) -> float:
     return quality.accuracy
 
 
-def _peak(optimizer: PartOptimizer, meter: Meter, parts: Sequence[torch.nn.Module]) -> int:
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    return weight_bytes(parameters) + optimizer.state_bytes() + meter.saved_bytes
+def _weights(parts: Sequence[torch.nn.Module]) -> int:
+    return weight_bytes(parameter for part in parts for parameter in part.parameters())

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.config import Config, resolve
 from fedsplit.data.partitions import deal, hold_out
 from fedsplit.data.sources import load
 from fedsplit.front import models, trainable
-from fedsplit.front.vit import Parts, split
+from fedsplit.front.cache import FrontCache
+from fedsplit.front.vit import Part, Parts, Reads, Start, can_pool_early, opening, shortcut, split
 from fedsplit.metrics.flops import StepFlops, step_flops
 from fedsplit.rng import key
 from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Tensors
@@ -34,7 +35,9 @@ class World:
 
     `shards[i]` holds the sample indices of device i for training, `held_out[i]` those for its
     personalised accuracy. `client` and `server` are the trained parameters by name, by side;
-    `initial` are their values as created, which training in this process does not touch.
+    `initial` are their values as created, which training in this process does not touch. `short` is
+    the tail that reads the front's own tokens, `open` the tokens of the front's output that wait for a
+    gradient, `cache` the outputs of a frozen front, if it is one.
     """
 
     config: Config
@@ -45,6 +48,9 @@ class World:
     backbone: models.Backbone
     cut: Cut
     parts: Parts
+    short: Part
+    open: slice
+    cache: FrontCache | None
     trains: trainable.TrainSet
     client: Mapping[str, torch.nn.Parameter]
     server: Mapping[str, torch.nn.Parameter]
@@ -60,6 +66,22 @@ class World:
     def key(self, *name: int | str) -> int:
         """A named random stream of this run."""
         return key(self.config.seed, *name)
+
+    @property
+    def start(self) -> Start:
+        """What the batches of a training step hold: images, or kept outputs of the front."""
+        return "images" if self.cache is None else self.cache.start
+
+    @property
+    def blind(self) -> bool:
+        """Whether what the tail reads of the front's own tokens is the same for every image."""
+        vit: Any = self.backbone.vit
+        return self.short.reads == "tokens" and vit.global_pool == "token" and not self.cut.front + self.cut.tail
+
+    def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode of the whole model."""
+        self.parts.train(mode)
+        self.short.train(mode)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put values into the trained parameters of those names."""
@@ -90,24 +112,39 @@ def world(config: Config) -> World:
 
 @lru_cache(maxsize=1)
 def _world(values: tuple[tuple[str, Any], ...]) -> World:
-    config = resolve(dict(values))
+    return _build(resolve(dict(values)), hollow=False)
+
+
+def ghost(config: Config) -> World:
+    """The world of `config` on the meta device: shards and shapes, but no pictures, weights or initial values.
+
+    Raises:
+        FedsplitError: as `world`, except for weights and pictures that cannot be had.
+    """
+    return _build(config, hollow=True)
+
+
+def _build(config: Config, hollow: bool) -> World:
     torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
+    device = torch.device("meta") if hollow else pick_device(config.device)
     image_size = models.input_size(config.model)
-    data = load(config.data, image_size)
+    data = load(config.data, image_size, hollow)
     dealt = deal(data.train, data.test, data.classes, config.data, config.devices.count or DEFAULT_DEVICES, config.seed)
     halves = [
         hold_out(indices, data.train.labels, config.data.local_test, key(config.seed, "local-test", number))
         for number, indices in enumerate(dealt)
     ]
-    backbone = models.create(config.model, len(data.classes), config.seed)
+    backbone = models.create(config.model, len(data.classes), config.seed, hollow)
     cut = address(config, backbone.depth)
     _edit(config, backbone, cut)
     backbone.vit.to(device)
-    parts = split(backbone.vit, cut)
+    parts = split(backbone.vit, cut, config.cut.pool)
     parts.train()
     trains = trainable.resolve(config.train, backbone.vit, parts)
     sides = by_side(config, parts)
+    reads = local_reads(config, backbone.vit, cut)
+    start = kept_until(config, parts.front, trains)
+    look = {"mean": backbone.mean, "std": backbone.std, "device": device}
     return World(
         config=config,
         device=device,
@@ -117,12 +154,15 @@ def _world(values: tuple[tuple[str, Any], ...]) -> World:
         backbone=backbone,
         cut=cut,
         parts=parts,
+        short=shortcut(backbone.vit, cut, parts, reads),
+        open=opening(parts.front, trains.front),
+        cache=None if start == "images" else FrontCache(parts.front, start, config, data.train, look),
         trains=trains,
         client=sides[0],
         server=sides[1],
-        initial=values_of({**sides[0], **sides[1]}),
+        initial={} if hollow else values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
-        flops=step_flops(backbone.vit, cut, backbone.image_size),
+        flops=step_flops(backbone.vit, cut, backbone.image_size, config.cut.pool, reads, start),
     )
 
 
@@ -141,6 +181,28 @@ def address(config: Config, depth: int) -> Cut:
             "lower them, or set cut.shape=none."
         )
     return cut
+
+
+def local_reads(config: Config, vit: Any, cut: Cut) -> Reads:
+    """What the tail reads of the front's own tokens, by `local.head`.
+
+    A class token that has met no patch in any block of front or tail is the same for every image.
+    """
+    if config.local.head == "auxiliary":
+        return "local_head"
+    if vit.global_pool != "token" or config.local.head == "tail":
+        return "tokens"
+    return "patches" if config.local.head == "patches" or not cut.front + cut.tail else "tokens"
+
+
+def kept_until(config: Config, front: Part, trains: trainable.TrainSet) -> Start:
+    """How far a front output can be kept: to the cut, to the prompts of a front without blocks, or not at all."""
+    if not config.front.cache or config.data.augment != "none" or config.front.penalties:
+        return "images"
+    if not trains.front and not front.random:
+        return "cut"
+    only_prompts = not front.numbers and all("prompt" in name for name in trains.front)
+    return "embedding" if only_prompts and not front.embeds_randomly else "images"
 
 
 def by_side(config: Config, parts: Parts) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
@@ -168,6 +230,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:
+    vit: Any = backbone.vit
+    if config.cut.pool == "body" and (cut.tail or config.cut.shape == "none" or not can_pool_early(vit)):
+        raise FedsplitError(
+            "cut.pool=body needs a split, cut.tail=0, and a model whose last norm does not need all tokens "
+            "(class token, or average pooling before the norm); set cut.pool=tail."
+        )
+    if config.local.head == "auxiliary":
+        torch.manual_seed(key(config.seed, "local_head"))
+        vit.local_head = nn.Sequential(nn.LayerNorm(vit.embed_dim), nn.Linear(vit.embed_dim, vit.num_classes))
     for place in ("front.edits", "body.edits"):
         for name, piece in zip(config.names(place), config.pieces(place), strict=True):
             piece.edit(backbone.vit, cut, key(config.seed, place, name))
