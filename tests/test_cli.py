@@ -19,7 +19,7 @@ from fedsplit.places import PLACES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] != "pretrain")
-COMMANDS = ("run", "resume", "map", "keys", "doctor", "pretrain")
+COMMANDS = ("run", "resume", "map", "plan", "keys", "doctor", "pretrain")
 TINY = """
 rounds = 1
 [data]
@@ -160,10 +160,10 @@ def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
 def test_keys_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(said(capsys, "keys", "--json")[0])
     assert [row["name"] for row in rows] == list(keys())
-    assert all({"name", "type", "default", "help", "low", "high", "choices"} == set(row) for row in rows)
+    assert all({"name", "type", "default", "help", "low", "above", "high", "choices"} == set(row) for row in rows)
     assert all(row["type"] in ("int", "float", "bool", "str") and row["help"] for row in rows)
     some = json.loads(said(capsys, "keys", "cut", "--json")[0])
-    assert {row["name"] for row in some} == {"cut.front", "cut.tail", "cut.shape"}
+    assert {row["name"] for row in some} == {"cut.front", "cut.tail", "cut.shape", "cut.pool"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fedsplit: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def build() -> argparse.ArgumentParser:
@@ -56,6 +60,12 @@ def build() -> argparse.ArgumentParser:
     picture = _add(commands, "map", _map, "draw the data path with the pieces that a config puts on it")
     picture.add_argument("config", nargs="?", help="TOML file; the defaults if left out")
     picture.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
+
+    plan = _add(commands, "plan", _plan, "say what a config computes, holds and sends, without running it")
+    _config_options(plan)
+    whole = "FedAvg full fine-tuning if left out; the run's data, model, devices and passes where it does not say"
+    plan.add_argument("--against", metavar="F.toml", help=f"config to compare with: {whole}")
+    plan.add_argument("--json", action="store_true", help="one JSON document")
 
     keys = _add(commands, "keys", _keys, "list every config key: type, default, range, meaning")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
@@ -132,6 +142,19 @@ def _map(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from fedsplit.cli.plan import document, show
+    from fedsplit.config import load
+
+    config = load(options.config, options.set)
+    found = document(config, options.against)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    return 0
+
+
 def _keys(options: argparse.Namespace) -> int:
     from fedsplit.config import keys
 
@@ -139,13 +162,13 @@ def _keys(options: argparse.Namespace) -> int:
     if not chosen:
         raise FedsplitError(f"No config key starts with '{options.prefix}'; 'fedsplit keys' lists them all.")
     if options.json:
-        fields = ("name", "default", "help", "low", "high", "choices")
+        fields = ("name", "default", "help", "low", "above", "high", "choices")
         rows = [{"type": key.type.__name__, **{name: getattr(key, name) for name in fields}} for key in chosen]
         print(json.dumps(rows, indent=2))
         return 0
     for key in chosen:
-        bounds = [f">= {key.low:g}" if key.low is not None else "", f"<= {key.high:g}" if key.high is not None else ""]
-        limits = ", ".join(bound for bound in bounds if bound)
+        bounds = ((">=", key.low), (">", key.above), ("<=", key.high))
+        limits = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
         print(f"{key.name} = {key.default!r}  ({key.type.__name__}{', ' + limits if limits else ''})\n    {key.help}")
     return 0
 

@@ -25,30 +25,31 @@ log = logging.getLogger(__name__)
 DIGITS_TRAIN = 1200
 
 
-def load(settings: Data, image_size: int) -> DataSet:
+def load(settings: Data, image_size: int, hollow: bool = False) -> DataSet:
     """The image set `settings.source`: `pixels` (S, image_size, image_size, 3) uint8 RGB, `labels` (S,).
 
     `settings.limit` and `settings.test_limit` take a prefix; the classes are those of the whole set.
+    A `hollow` one decodes no picture: labels and groups are true, pixels are zeros that take no memory.
 
     Raises:
         FedsplitError: a source, file, column or row that cannot be used, and how to mend it.
     """
     try:
-        return _load(settings, image_size)
+        return _load(settings, image_size, hollow)
     except ModuleNotFoundError as error:
         raise missing_package(error, f"data.source='{settings.source}'") from error
 
 
-def _load(settings: Data, image_size: int) -> DataSet:
+def _load(settings: Data, image_size: int, hollow: bool) -> DataSet:
     if settings.source == "digits":
-        return _digits(settings, image_size)
+        return _digits(settings, image_size, hollow)
     path = Path(settings.source).expanduser()
     if path.exists() or settings.source.startswith(("/", ".", "~")):
-        return _folder(settings, path.resolve(), image_size)
-    return _hub(settings, image_size)
+        return _folder(settings, path.resolve(), image_size, hollow)
+    return _hub(settings, image_size, hollow)
 
 
-def _digits(settings: Data, size: int) -> DataSet:
+def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
     """scikit-learn's 1,797 digits of 8 x 8 pixels: a fixed stratified split, 1,200 train and 597 test.
 
     Both parts are in a fixed shuffled order that depends on no library's random generator, so a
@@ -70,6 +71,8 @@ def _digits(settings: Data, size: int) -> DataSet:
 
     def part(mask: npt.NDArray[np.bool_], limit: int) -> Images:
         rows = order[mask[order]][: limit or None]
+        if hollow:
+            return Images(_blank(len(rows), size), labels[rows])
         grey = np.round(found.images[rows] * (255 / 16)).astype(np.uint8)
         pixels = np.empty((len(rows), size, size, 3), np.uint8)
         for slot, image in enumerate(grey):
@@ -81,19 +84,19 @@ def _digits(settings: Data, size: int) -> DataSet:
     return DataSet("digits", part(first, settings.limit), part(~first, settings.test_limit), classes)
 
 
-def _folder(settings: Data, path: Path, size: int) -> DataSet:
+def _folder(settings: Data, path: Path, size: int, hollow: bool) -> DataSet:
     if path.is_file():
         raise FedsplitError(
             f"data.source='{path}' is a file; give the folder that holds it, with train.parquet and test.parquet."
         )
     train_file, test_file = parquet.files(path)
-    train, classes = _split(settings, _mark(train_file), settings.limit, size, lambda: parquet.read(train_file))
+    train, classes = _split(settings, _mark(train_file), settings.limit, size, hollow, lambda: parquet.read(train_file))
     mark = (*_mark(test_file), classes)
-    test, _ = _split(settings, mark, settings.test_limit, size, lambda: parquet.read(test_file, classes))
+    test, _ = _split(settings, mark, settings.test_limit, size, hollow, lambda: parquet.read(test_file, classes))
     return DataSet(path.name, train, test, classes)
 
 
-def _hub(settings: Data, size: int) -> DataSet:
+def _hub(settings: Data, size: int, hollow: bool) -> DataSet:
     fetched: list[tuple[Raw, Raw]] = []
 
     def read(which: int) -> Raw:
@@ -101,8 +104,8 @@ def _hub(settings: Data, size: int) -> DataSet:
             fetched.append(hub.read(settings.source))
         return fetched[0][which]
 
-    train, classes = _split(settings, ("hub", settings.source, "train"), settings.limit, size, lambda: read(0))
-    test, _ = _split(settings, ("hub", settings.source, "test"), settings.test_limit, size, lambda: read(1))
+    train, classes = _split(settings, ("hub", settings.source, "train"), settings.limit, size, hollow, lambda: read(0))
+    test, _ = _split(settings, ("hub", settings.source, "test"), settings.test_limit, size, hollow, lambda: read(1))
     return DataSet(settings.source, train, test, classes)
 
 
@@ -113,7 +116,7 @@ def _mark(file: Path) -> tuple[str, int, int]:
 
 
 def _split(
-    settings: Data, mark: tuple[Any, ...], limit: int, size: int, read: Callable[[], Raw]
+    settings: Data, mark: tuple[Any, ...], limit: int, size: int, hollow: bool, read: Callable[[], Raw]
 ) -> tuple[Images, tuple[str, ...]]:
     """One split, from the cache when it is there; `read` is called only when it is not."""
     folder = store.folder(settings.cache)
@@ -124,6 +127,8 @@ def _split(
     raw = read()
     count = min(limit or len(raw.labels), len(raw.labels))
     groups = None if raw.groups is None else raw.groups[:count]
+    if hollow:
+        return Images(_blank(count, size), raw.labels[:count], groups), raw.classes
     log.info("decoding %d images of %s to %d x %d pixels, once", count, raw.where, size, size)
     chunks = decode.chunks(raw.blobs(count), size, settings.resize, raw.where)
     shape = (count, size, size, 3)
@@ -143,6 +148,10 @@ def _from_cache(arrays: Path, pixels: Path, size: int) -> tuple[Images, tuple[st
         return None
     classes = tuple(str(name) for name in meta["classes"])
     return Images(found, meta["labels"], meta.get("groups")), classes
+
+
+def _blank(count: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.broadcast_to(np.zeros((), np.uint8), (count, size, size, 3))
 
 
 def _in_memory(shape: tuple[int, ...], chunks: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,15 +55,20 @@ class Backbone:
         return len(cast(nn.Sequential, self.vit.blocks))
 
 
-def create(settings: Model, classes: int, seed: int) -> Backbone:
+def create(settings: Model, classes: int, seed: int, hollow: bool = False) -> Backbone:
     """The backbone with a new classifier for `classes` classes, the same for the same seed.
+
+    A `hollow` one is on the meta device: shapes without values, and without weights of a file or the hub.
 
     Raises:
         FedsplitError: an unknown or unsupported model, an image size it cannot take, or weights
             that are missing or do not fit.
     """
     torch.manual_seed(key(seed, "model"))
-    vit = _own(settings, classes) if settings.name in SHAPES else _from_timm(settings, classes)
+    if hollow:
+        settings = replace(settings, pretrained=False, checkpoint="")
+    with torch.device("meta") if hollow else nullcontext():
+        vit = _own(settings, classes) if settings.name in SHAPES else _from_timm(settings, classes)
     if settings.checkpoint:
         load_weights(vit, Path(settings.checkpoint).expanduser())
     if settings.name in SHAPES:

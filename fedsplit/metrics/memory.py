@@ -33,7 +33,7 @@ class Meter:
 
     def ignore(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do not count these tensors."""
-        self._ignored |= {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._ignored |= {_address(parameter) for parameter in parameters}
 
     def close(self) -> None:
         """Measure no more."""
@@ -53,10 +53,14 @@ class Meter:
             self._hooks = None
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._ignored:
-            self._seen[storage.data_ptr()] = storage.nbytes()
+        if _address(tensor) not in self._ignored:
+            self._seen[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
+
+
+def _address(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # on the meta device there is no data, but a storage for each
 
 
 def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
