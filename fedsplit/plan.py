@@ -54,6 +54,7 @@ class Account:
     split_flops: int
     client_peak_bytes: int
     server_peak_bytes: int
+    client_stored_bytes: int
     virtual_s: float
     energy_j: float
     parameters: Mapping[str, int]
@@ -85,6 +86,7 @@ class Account:
             "total": {**sums, "virtual_s": self.virtual_s, "energy_j": self.energy_j},
             "client_peak_bytes": self.client_peak_bytes,
             "server_peak_bytes": self.server_peak_bytes,
+            "client_stored_bytes": self.client_stored_bytes,
             "parameters": dict(self.parameters),
             "estimated": list(self.estimated),
         }
@@ -136,6 +138,7 @@ def _account(book: _Book, sent: Mapping[str, int], total: Mapping[str, int], sec
         split_flops=client_share(world)[0] * book.seen,
         client_peak_bytes=client_peak,
         server_peak_bytes=server_peak,
+        client_stored_bytes=book.stored,
         virtual_s=seconds,
         energy_j=joules,
         parameters={
@@ -163,7 +166,7 @@ class _Book:
             for stream in ("parameters-up", "parameters-down")
         }
         self.estimated: set[str] = set()
-        self.local = self.seen = 0
+        self.local = self.seen = self.stored = 0
         self._largest = self._longest = 0
         self._memory: dict[int, Tensors] = {}
         self._held: dict[int, Any] = {}
@@ -179,6 +182,8 @@ class _Book:
         sizes = self._batches(job, count)
         seen = sum(size * steps for size, steps in sizes.items())
         computed = self._computed(job, self.epochs + scored, kept, seen)
+        if world.cache is not None:
+            self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
         self.seen += seen
         self._largest = max([self._largest, *sizes])
         self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
@@ -205,7 +210,10 @@ class _Book:
         reports = [self._probe(self._longest, local__epochs=0, local__phases=phases)]
         if self._largest:
             reports.append(self._step(self._largest))
-        return max(r.client_peak_bytes for r in reports), max(r.server_peak_bytes for r in reports)
+        limit = self.world.config.front.cache_memory_bytes
+        # A probe keeps the front outputs of one batch, a client those of all its samples.
+        steps = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)
+        return steps + min(self.stored, limit), max(r.server_peak_bytes for r in reports)
 
     @cached_property
     def tokens(self) -> tuple[int, int]:

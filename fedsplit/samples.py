@@ -43,6 +43,11 @@ class Stock:
         labels = torch.from_numpy(world.data.train.labels[indices]).to(tokens.device)
         return Batch(tokens, labels, torch.from_numpy(indices).to(tokens.device))
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the front outputs take that the device keeps now, in bytes."""
+        return 0 if self.world.cache is None else len(self._held) * self.world.cache.sample_bytes
+
     def memory(self) -> Tensors:
         """Which samples' front outputs the device holds now, (S,) uint8."""
         if self.world.cache is None:

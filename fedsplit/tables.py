@@ -31,6 +31,7 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         side: max((int(row[f"{side}_peak_bytes"]) for row in clients if row[f"{side}_peak_bytes"]), default=0)
         for side in ("client", "server")
     }
+    stored = max((int(row["stored_bytes"]) for row in clients if row["stored_bytes"]), default=0)
     personal = last["personal_accuracy"]
     return {
         "accuracy": float(last["accuracy"]),
@@ -41,6 +42,7 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         **runs.totals(rows, SUMS),
         "client_peak_bytes": peaks["client"],
         "server_peak_bytes": peaks["server"],
+        "client_stored_bytes": stored,
         "trainable_params": sum(p.numel() for p in (*built.client.values(), *built.server.values())),
         "client_trainable_params": sum(p.numel() for p in built.client.values()),
         "weights_sha256": runs.sha256(built.model_state()),
@@ -157,6 +159,7 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "server_flops": report.server_flops,
         "client_peak_bytes": report.client_peak_bytes,
         "server_peak_bytes": report.server_peak_bytes,
+        "stored_bytes": report.stored_bytes,
         "virtual_s": seconds,
         "energy_j": joules,
         "wall_s": round(report.wall_s, 4),

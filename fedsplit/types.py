@@ -171,7 +171,8 @@ class Report:
 
     `local_loss` is the mean of the last epoch of the local phase, `local_accuracy` that of front joined
     to tail after it, on the client's own samples; None where there was no such phase or no scoring.
-    `computed_samples` passed through the frozen front, which the others left out.
+    `computed_samples` passed through the frozen front, which the others left out; `stored_bytes` is what
+    the device then keeps of its outputs, in memory (counted in its peak) and on disk.
     """
 
     steps: int = 0
@@ -190,6 +191,7 @@ class Report:
     server_flops: int = 0
     client_peak_bytes: int = 0
     server_peak_bytes: int = 0
+    stored_bytes: int = 0
     wall_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:

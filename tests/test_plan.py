@@ -89,6 +89,7 @@ def test_a_run_agrees_with_its_plan(name: str, pairs: tuple[str, ...], repositor
     assert {key: figures["total"][key] for key in sums} == sums and len(sums) == len(STREAMS) + len(SUMS) + 1
     for side in ("client", "server"):
         assert figures[f"{side}_peak_bytes"] == pytest.approx(summary[f"{side}_peak_bytes"], rel=PEAK)
+    assert figures["client_stored_bytes"] == summary["client_stored_bytes"]
     trained = planned.parameters["client"] + planned.parameters["server"]
     assert trained == summary["trainable_params"]
 

@@ -55,8 +55,8 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     for reason in found["estimated"]:
         console.print(f"Estimated: {reason}.", soft_wrap=True, highlight=False)
     console.print(
-        "Counted as if no client fails. Memory is that of a step: weights, gradients, optimiser state and what the "
-        "backward pass keeps.", soft_wrap=True, highlight=False,
+        "Counted as if no client fails. Memory is weights, gradients, optimiser state, what the backward pass of a step "
+        "keeps, and the front outputs kept in memory.", soft_wrap=True, highlight=False,
     )  # fmt: skip
 
 
@@ -78,6 +78,9 @@ def _costs(own: dict[str, Any], base: dict[str, Any]) -> Table:
     for name in ("client", "server"):
         peaks = (f"{side[f'{name}_peak_bytes'] / MEGA:,.1f}" for side in (own, base))
         table.add_row(f"{name} memory, about (MB)", *peaks)
+    if own["client_stored_bytes"] or base["client_stored_bytes"]:
+        stored = (_number(side["client_stored_bytes"] / MEGA) for side in (own, base))
+        table.add_row("kept front outputs, memory and disk (MB)", *stored)
     table.add_section()
     whole = [side["total"] for side in (own, base)]
     table.add_row("run: clients' compute (TFLOPs)", *(_number(total["client_flops"] / 1e12) for total in whole))

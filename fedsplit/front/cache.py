@@ -75,9 +75,14 @@ class FrontCache:
     def fits(self, samples: int, client: int) -> Mask:
         """Which (S,) of the `samples` samples of device `client` its own memory and disk can hold, by seed."""
         limits = self.config.front
-        size = FLOAT_BYTES * math.prod(self._shape)
+        size = self.sample_bytes
         rows = limits.cache_memory_bytes // size + limits.cache_disk_bytes // size if self.sound else 0
         return _ranks(key(self.key, "device", client), samples) < rows
+
+    @property
+    def sample_bytes(self) -> int:
+        """What one sample's tokens take, in bytes."""
+        return FLOAT_BYTES * math.prod(self._shape)
 
     @property
     def sound(self) -> bool:

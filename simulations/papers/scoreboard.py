@@ -1,0 +1,211 @@
+"""What a paper's scoreboard is made of, as data: arms, partitions, ablations, claims; and the runs it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedsplit.config import Config, load
+from fedsplit.types import FedsplitError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+Pairs = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The scale of the runs, as `key=value`: for a folder of images, for the built-in digits, and for --quick."""
+
+    images: Pairs = (
+        "devices.count=50",
+        "devices.per-round=5",
+        "rounds=25",
+        "data.limit=5000",
+        "data.test-limit=2000",
+    )
+    digits: Pairs = ("devices.count=10", "devices.per-round=5", "rounds=10")
+    quick: Pairs = (
+        "devices.count=6",
+        "devices.per-round=3",
+        "rounds=2",
+        "data.limit=240",
+        "data.test-limit=100",
+    )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: a config of `configs/` with changes.
+
+    `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate.
+    """
+
+    name: str
+    title: str
+    config: str
+    pairs: Pairs = ()
+    tuned: Pairs = ()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One way to deal the samples to the devices."""
+
+    name: str
+    title: str
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of one figure of arm `arm` beside arm `against`.
+
+    `figure` is a name of `papers.figures.FIGURES`. `low` and `high` are bounds that still hold, `above`
+    one that does not. `source` says where the number comes from, `published_for` the backbone it is
+    published for. It is judged on every partition, or on those of `partitions`.
+    """
+
+    text: str
+    source: str
+    figure: str
+    arm: str
+    against: str
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    published_for: str = ""
+    partitions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """One paper's arms and claims.
+
+    Every ratio is to arm `reference` on the same partition with the same seed. `pairs` hold for every
+    arm. Ablations run on the partitions `ablated_on`, beside `reference` and the arms `ablated`.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    partitions: tuple[Partition, ...]
+    ablations: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    reference: str
+    ablated: tuple[str, ...]
+    ablated_on: tuple[str, ...]
+    quick_partitions: tuple[str, ...]
+    quick_ablations: tuple[str, ...]
+    pairs: Pairs = ()
+    sizes: Sizes = field(default_factory=Sizes)
+    minutes: float | None = None
+
+    def arm(self, name: str) -> Arm:
+        """The arm or ablation of that name."""
+        return next(arm for arm in (*self.arms, *self.ablations) if arm.name == name)
+
+    def partition(self, name: str) -> Partition:
+        """The partition of that name."""
+        return next(partition for partition in self.partitions if partition.name == name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a scoreboard.
+
+    `only` is 'main', 'ablations' or empty; `pairs` are the user's, and win over everything but what the
+    scoreboard is about; `data` and `model` are values of `data.source` and `model.name`.
+    """
+
+    out: Path
+    seeds: int = 3
+    quick: bool = False
+    only: str = ""
+    data: str = ""
+    model: str = "fedsplit_micro"
+    device: str = "cpu"
+    pairs: Pairs = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a table: an arm on a partition with a seed."""
+
+    arm: str
+    partition: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.partition}-{self.arm}-s{self.seed}"
+
+
+def main_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
+    """(partition, arm) of the main table, in its order."""
+    if request.only == "ablations":
+        return []
+    names = board.quick_partitions if request.quick else [partition.name for partition in board.partitions]
+    return [(partition, arm.name) for partition in names for arm in board.arms]
+
+
+def ablation_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
+    """(partition, arm) of the ablation table, in its order, the arms they are compared with first."""
+    if request.only == "main":
+        return []
+    names = board.quick_ablations if request.quick else [arm.name for arm in board.ablations]
+    return [(partition, arm) for partition in board.ablated_on for arm in (board.reference, *board.ablated, *names)]
+
+
+def runs(board: Scoreboard, request: Request) -> list[Run]:
+    """Every run that the tables need, once, seed by seed, so that an early stop leaves whole tables of fewer seeds.
+
+    Raises:
+        FedsplitError: a pair that is wrong, or that would undo what sets the arms apart.
+    """
+    refuse(board, request.pairs)
+    cells = dict.fromkeys((*main_cells(board, request), *ablation_cells(board, request)))
+    return [
+        Run(arm, partition, seed, configure(board, request, arm, partition, seed))
+        for seed in range(request.seeds)
+        for partition, arm in cells
+    ]
+
+
+def configure(board: Scoreboard, request: Request, arm: str, partition: str, seed: int) -> Config:
+    """The config of one run; it tests the global model after the last round only.
+
+    Raises:
+        FedsplitError: a pair that is wrong.
+    """
+    chosen, sizes = board.arm(arm), board.sizes
+    size = sizes.quick if request.quick else sizes.images if request.data else sizes.digits
+    common = [f"data.source={request.data or 'digits'}", f"model.name={request.model}", f"device={request.device}"]
+    fixed = [*board.partition(partition).pairs, f"seed={seed}", f"out={request.out / f'{partition}-{arm}-s{seed}'}"]
+    pairs = [*size, *common, *board.pairs, *chosen.tuned, *chosen.pairs, *request.pairs, *fixed]
+    config = load([CONFIGS / chosen.config], pairs)
+    return config.replace(eval__every=config.rounds)
+
+
+def refuse(board: Scoreboard, pairs: Sequence[str]) -> None:
+    """Keys that a user may not set, because the table would no longer be what it says.
+
+    Raises:
+        FedsplitError: one of them is among `pairs`.
+    """
+    own = {"seed": "use --seeds", "out": "use --out", "data.source": "use --data", "model.name": "use --model"}
+    own |= {"resume": "use --out with the same folder", "eval.every": "only the last round is tested"}
+    own |= dict.fromkeys(keys(*board.partitions), "the partitions are the scoreboard's")
+    own |= dict.fromkeys(keys(*board.arms, *board.ablations), "it is what sets the arms apart")
+    for pair in pairs:
+        key = pair.partition("=")[0].strip()
+        if key in own:
+            raise FedsplitError(f"--set {key} does not go with a scoreboard: {own[key]}.")
+
+
+def keys(*items: Arm | Partition) -> list[str]:
+    """The keys that the items' pairs set."""
+    return [pair.partition("=")[0] for item in items for pair in item.pairs]

@@ -1,0 +1,240 @@
+"""Scoreboards of the papers: means and spreads, ratios, verdicts, and runs that are already there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.config import load, to_toml
+from fedsplit.types import FedsplitError
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
+
+import paper
+from papers import PAPERS, figures, scoreboard, show, work
+
+BOARD = PAPERS["sfprompt"]
+
+
+def summary(accuracy: float, flops: int = 100, sent: int = 1000) -> dict[str, Any]:
+    figures = {"client_flops": flops, "bytes_up": sent - 1, "bytes_down": 1, "kept_samples": 10, "failures": 0}
+    return {"accuracy": accuracy, **figures}
+
+
+def results(**arms: Sequence[dict[str, Any] | None]) -> figures.Results:
+    """Summaries on IID shards, a seed each; None is a failed run."""
+    done = {("iid", arm, seed): s for arm, each in arms.items() for seed, s in enumerate(each) if s is not None}
+    return figures.Results(done, range(max(map(len, arms.values()))))
+
+
+def request(out: Path, **changes: Any) -> scoreboard.Request:
+    return replace(scoreboard.Request(out, seeds=1, quick=True), **changes)
+
+
+def leave(run: scoreboard.Run, found: dict[str, Any] | None) -> None:
+    """A run folder as a finished run leaves it, or an unfinished one."""
+    path = Path(run.config.out)
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text(to_toml(run.config.values))
+    if found is not None:
+        (path / "summary.json").write_text(json.dumps(found))
+
+
+class Ended:
+    """A process that has ended."""
+
+    exitcode = -9
+
+    def __init__(self) -> None:
+        self.sentinel, other = Pipe(duplex=False)
+        other.close()
+
+    def is_alive(self) -> bool:
+        return False
+
+    def join(self) -> None:
+        return None
+
+
+def test_accuracy_is_a_mean_with_the_sample_deviation() -> None:
+    found = results(fedavg=[summary(0.5)] * 3, sfprompt=[summary(0.2), summary(0.4), summary(0.6)])
+    row = figures.row(BOARD, found, "iid", "sfprompt")
+    assert row["accuracy_mean"] == pytest.approx(0.4) and row["accuracy_std"] == pytest.approx(0.2)
+    assert (row["seeds"], row["failed"]) == (3, 0)
+    assert show.with_spread(row["accuracy_mean"], row["accuracy_std"], 100, "{:.1f}") == "40.0 ± 20.0"
+
+
+def test_one_seed_has_no_spread() -> None:
+    row = figures.row(BOARD, results(fedavg=[summary(0.5)], sfprompt=[summary(0.4)]), "iid", "sfprompt")
+    assert row["accuracy_std"] is None
+    assert show.with_spread(row["accuracy_mean"], None, 100, "{:.1f}") == "40.0"
+
+
+def test_ratios_are_taken_seed_by_seed() -> None:
+    base = [summary(0.5, flops=100, sent=1000), summary(0.5, flops=400, sent=4000)]
+    found = results(fedavg=base, sfprompt=[summary(0.4, flops=50, sent=100), summary(0.4, flops=100, sent=2000)])
+    row = figures.row(BOARD, found, "iid", "sfprompt")
+    assert row["client_flops_ratio"] == pytest.approx((0.5 + 0.25) / 2)
+    assert row["bytes_ratio"] == pytest.approx((0.1 + 0.5) / 2)
+    assert (row["client_flops"], row["bytes"]) == (75, 1050)
+    assert figures.row(BOARD, found, "iid", "fedavg")["bytes_ratio"] == 1.0
+
+
+def test_a_failed_run_leaves_its_seed_out_and_is_counted() -> None:
+    found = results(fedavg=[summary(0.5), None], sfprompt=[summary(0.4, sent=500), summary(0.6, sent=1)])
+    row = figures.row(BOARD, found, "iid", "sfprompt")
+    assert row["accuracy_mean"] == pytest.approx(0.5) and row["bytes_ratio"] == 0.5
+    assert figures.row(BOARD, found, "iid", "fedavg")["failed"] == 1
+    nothing = figures.row(BOARD, found, "iid", "splitfed")
+    assert nothing["accuracy_mean"] is None and nothing["failed"] == 2
+    assert show.table_of(BOARD, "t", [nothing]).rows[0][2:] == ("-", "-", "-", "-", "0, 2 failed")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "figure", "ours", "said"),
+    [
+        ({"high": 0.5}, "bytes_ratio", 0.5, "holds"),
+        ({"high": 0.5}, "bytes_ratio", 0.8, "missed: 1.6 times the claim"),
+        ({"low": -1.0}, "accuracy_points", -0.9, "holds"),
+        ({"low": -1.0}, "accuracy_points", -3.5, "missed by 2.50 points"),
+        ({"above": 0.0}, "accuracy_points", 0.0, "missed by 0.00 points"),
+        ({"above": 0.0}, "accuracy_points", 0.1, "holds"),
+    ],
+)
+def test_a_missed_claim_is_said_to_be_missed(bounds: dict[str, Any], figure: str, ours: float, said: str) -> None:
+    claim = scoreboard.Claim("text", "source", figure, "sfprompt", "fedavg", **bounds)
+    own = summary(0.5 + ours / 100) if figure == "accuracy_points" else summary(0.5, sent=int(1000 * ours))
+    judged = figures.judge(BOARD, claim, results(fedavg=[summary(0.5)], sfprompt=[own]), "iid", "fedsplit_micro")
+    assert judged["verdict"] == said and judged["holds"] == (said == "holds")
+    assert said in show.table_of_claims(BOARD, [judged]).markdown()
+
+
+def test_a_claim_without_runs_is_not_measured() -> None:
+    judged = figures.judge(BOARD, BOARD.claims[0], results(fedavg=[summary(0.5)]), "iid", "fedsplit_micro")
+    assert judged["holds"] is None and judged["verdict"].startswith("not measured")
+
+
+def test_a_number_published_for_another_backbone_is_named_so() -> None:
+    found = results(fedavg=[summary(0.5)], sfprompt=[summary(0.5)])
+    notes = [figures.judge(BOARD, BOARD.claims[0], found, "iid", model)["note"] for model in ("m", "vit_base_x")]
+    assert notes == ["published for ViT-Base; no published figure for m", "published for ViT-Base"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = scoreboard.runs(BOARD, request(tmp_path))
+    for number, run in enumerate(runs):
+        leave(run, summary(number / 100))
+    monkeypatch.setattr(work, "start", lambda run: pytest.fail(f"{run.name} is run again"))
+    work.validate(runs, lambda line: None)
+    summaries, failed = work.carry_out(runs, 2, lambda line: None)
+    assert [summaries[run.name]["accuracy"] for run in runs] == [number / 100 for number in range(len(runs))]
+    assert not failed
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = scoreboard.runs(BOARD, request(tmp_path, only="main"))
+    leave(runs[1], None)
+
+    def start(run: scoreboard.Run) -> work.Child:
+        reply, send = Pipe(duplex=False)
+        if run is runs[0]:
+            send.send("round 1: below quorum")
+        elif run is not runs[2]:  # the third is killed
+            if run is not runs[1]:
+                leave(run, None)
+            (Path(run.config.out) / "summary.json").write_text(json.dumps(summary(0.5)))
+            send.send("")
+        send.close()
+        return work.Child(run, Ended(), reply, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(work, "start", start)
+    lines: list[str] = []
+    summaries, failed = work.carry_out(runs, 2, lines.append)
+    assert failed == {runs[0].name: "round 1: below quorum", runs[2].name: "its process ended with code -9"}
+    assert len(summaries) == len(runs) - 2 and len(lines) == len(runs)
+    assert lines[-1].startswith(f"[ {len(runs)} of {len(runs)}]") and "about 0.0 min left" in lines[-1]
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    run = scoreboard.runs(BOARD, request(tmp_path))[0]
+    leave(run, summary(0.5))
+    other = scoreboard.runs(BOARD, request(tmp_path, pairs=("rounds=3",)))[0]
+    with pytest.raises(FedsplitError, match="holds a run with rounds=2, not 3"):
+        work.finished(other)
+    workers = scoreboard.runs(BOARD, request(tmp_path, pairs=("engine.workers=2",)))[0]
+    assert work.finished(workers) == summary(0.5)
+
+
+def test_every_scoreboard_names_what_there_is(tmp_path: Path) -> None:
+    named: dict[str, Any] = {}
+    for name, board in PAPERS.items():
+        assert board.name == name
+        arms, partitions = {arm.name for arm in board.arms}, {part.name for part in board.partitions}
+        assert {board.reference, *board.ablated} <= arms
+        assert {*board.ablated_on, *board.quick_partitions} <= partitions
+        assert set(board.quick_ablations) <= {arm.name for arm in board.ablations}
+        for claim in board.claims:
+            assert claim.figure in figures.FIGURES and {claim.arm, claim.against} <= arms
+            assert set(claim.partitions) <= partitions
+            assert sum(limit is not None for limit in (claim.low, claim.above, claim.high)) == 1
+        for run in scoreboard.runs(board, request(tmp_path, quick=False, seeds=2)):
+            values = {key: value for key, value in run.config.values.items() if key != "name"}
+            assert named.setdefault(run.name, values) == values, f"two papers differ in {run.name}"
+            assert run.config.eval.every == run.config.rounds
+
+
+def test_sizes_tuned_values_and_the_users_pairs_in_order(tmp_path: Path) -> None:
+    arm = replace(BOARD.arm("fedavg"), tuned=("optimizer.lr=0.25",))
+    board = replace(BOARD, arms=(arm, *BOARD.arms[1:]))
+    asked = request(tmp_path, quick=False, data="/images", pairs=("rounds=4",))
+    config = scoreboard.configure(board, asked, "fedavg", "iid", 2)
+    assert (config.optimizer.lr, config.rounds, config.seed, config.devices.count) == (0.25, 4, 2, 50)
+    assert (config.data.source, config.data.partition, config.cut.front) == ("/images", "iid", 0)
+    asked = replace(asked, pairs=("optimizer.lr=0.5",))
+    assert scoreboard.configure(board, asked, "fedavg", "iid", 0).optimizer.lr == 0.5
+
+
+def test_ablations_alone_bring_their_reference(tmp_path: Path) -> None:
+    names = [run.name for run in scoreboard.runs(BOARD, request(tmp_path, only="ablations"))]
+    assert names[:2] == ["dirichlet-0.1-fedavg-s0", "dirichlet-0.1-sfprompt-s0"]
+    assert all(name.startswith("dirichlet-0.1-") for name in names) and len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sfpromt"], "did you mean 'sfprompt'?"),
+        (["sfprompt", "--data", "nowhere"], "--data nowhere: there is no train.parquet"),
+        (["sfprompt", "--set", "roundz=3"], "did you mean 'rounds'?"),
+        (["sfprompt", "--set", "seed=3"], "use --seeds"),
+        (["sfprompt", "--set", "data.el2n.keep=0.3"], "it is what sets the arms apart"),
+        (["sfprompt", "--set", "data.alpha=1.0"], "the partitions are the scoreboard's"),
+        (["all", "--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
+    pairs = ["data.limit=60", "data.test-limit=20", "devices.count=2", "data.partition=iid", "local.max-steps=1"]
+    config = load([], [*pairs, "rounds=2", "cut.shape=none", "train=head", f"out={tmp_path / 'run'}"])
+    (tmp_path / "run/checkpoint").mkdir(parents=True)  # it died before it wrote its config
+    work.train(config.values, "run")
+    run = scoreboard.Run("a", "iid", 0, config)
+    whole = work.finished(run)
+    assert whole is not None and not (tmp_path / "run/checkpoint").exists()
+    (tmp_path / "run/summary.json").unlink()
+    assert work.finished(run) is None
+    work.train(config.values, "run")
+    again = work.finished(run)
+    assert again is not None and again["weights_sha256"] == whole["weights_sha256"]
