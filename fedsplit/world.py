@@ -196,13 +196,13 @@ def local_reads(config: Config, vit: Any, cut: Cut) -> Reads:
 
 
 def kept_until(config: Config, front: Part, trains: trainable.TrainSet) -> Start:
-    """How far a front output can be kept: to the cut, to the prompts of a front without blocks, or not at all."""
+    """How far a front output can be kept: to the cut, to the prompts before it where only they train, or not at all."""
     if not config.front.cache or config.data.augment != "none" or config.front.penalties:
         return "images"
     if not trains.front and not front.random:
         return "cut"
-    only_prompts = not front.numbers and all("prompt" in name for name in trains.front)
-    return "embedding" if only_prompts and not front.embeds_randomly else "images"
+    only_prompts = opening(front, trains.front) != slice(None)
+    return "prompts" if only_prompts and not front.random_but_prompts else "images"
 
 
 def by_side(config: Config, parts: Parts) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:

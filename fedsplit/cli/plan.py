@@ -55,8 +55,8 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     for reason in found["estimated"]:
         console.print(f"Estimated: {reason}.", soft_wrap=True, highlight=False)
     console.print(
-        "Counted as if no client fails. Memory is weights, gradients, optimiser state, what the backward pass of a step "
-        "keeps, and the front outputs kept in memory.", soft_wrap=True, highlight=False,
+        "Counted as if no client fails. Memory is weights, gradients, optimiser state, what the backward pass of a "
+        "step keeps, and the front outputs kept in memory.", soft_wrap=True, highlight=False,
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ class Prompted(nn.Module):
         return tokens
 
 
-# `run_block` calls `prompt_before` and `prompt_after` itself, also around a skipped block: the number of tokens
+# `run_block` calls `prompt_before` and a part its last `prompt_after`, also at a skipped block: the number of tokens
 # must not depend on a plan, and deep prompts of a skipped block are replaced by the next block before anything
 # reads them. The hooks are for timm's own forward pass; they take the block as it comes, so that a deep copy uses
 # its own prompts.

@@ -20,7 +20,7 @@ from fedsplit.types import Cut, Op
 
 EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 HEAD = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist", "local_head")
-Start = Literal["images", "embedding", "cut"]
+Start = Literal["images", "prompts", "cut"]
 Reads = Literal["tokens", "pooled", "patches", "local_head"]
 
 
@@ -52,10 +52,8 @@ class Part(nn.Module):
         if reads == "pooled":
             cast(Any, self._shell).global_pool = "token"  # the one token there is
         self.random = any(_is_random(module) for module in self._shell.modules())
-        self.embeds_randomly = any(
-            _is_random(module)
-            for name, module in self._shell.named_modules()
-            if name.startswith(EMBEDDING) and ".prompt" not in name
+        self.random_but_prompts = any(
+            _is_random(module) for name, module in self._shell.named_modules() if "prompt" not in name
         )
 
     def forward(
@@ -70,27 +68,43 @@ class Part(nn.Module):
             x: images or tokens, see the class.
             noise: this step's random stream; None leaves torch's own generator alone.
             ops: one `Op` per block of this part; None runs all of them in full.
-            start: how far `x` has come already, in a part that embeds: "embedding" is what `embed` gave,
+            start: how far `x` has come already, in a part that embeds: "prompts" is what `begin` gave,
                 "cut" this part's output.
         """
-        if self.embeds and start == "cut":
+        if start == "cut":
             return x
-        if self.embeds:
-            if start == "images":
-                x = self.embed(x, noise)
-            else:
-                self._seed(noise, "embedding")
-            x = _prompted(self._shell.norm_pre, "prompt", x)
-        for place, number in enumerate(self.numbers):
-            self._seed(noise, number)
-            block = cast(Any, self._shell).blocks[str(number)]
-            x = run_block(block, x, Op.FULL if ops is None else ops[place])
+        if start == "images":
+            x = self.begin(x, noise, ops)
+        else:
+            self._seed(noise, self.numbers[-1] if self.numbers else "embedding")
+        prompt = self.last_prompt[1]
+        x = x if prompt is None else prompt(x)
         if self.pools:
             x = pooled(self._shell, x)
         if self.classifies:
             self._seed(noise, "head")
             x = self._classify(x)
         return x
+
+    def begin(self, x: Tensor, noise: int | None = None, ops: Sequence[Op] | None = None) -> Tensor:
+        """Tokens (B, N, C) before this part's last prompts, pooling and classifier."""
+        if self.embeds:
+            x = self.embed(x, noise)
+            x = _prompted(self._shell.norm_pre, "prompt", x) if self.numbers else x
+        for place, number in enumerate(self.numbers):
+            self._seed(noise, number)
+            block = cast(Any, self._shell).blocks[str(number)]
+            x = run_block(block, x, Op.FULL if ops is None else ops[place])
+        return x
+
+    @property
+    def last_prompt(self) -> tuple[str, Any]:
+        """Name and module of the prompts that this part puts in last; no module where there are none."""
+        shell = cast(Any, self._shell)
+        if self.numbers:
+            last = self.numbers[-1]
+            return f"blocks.{last}.prompt_after", getattr(shell.blocks[str(last)], "prompt_after", None)
+        return "norm_pre.prompt", getattr(shell.norm_pre, "prompt", None)
 
     def embed(self, x: Tensor, noise: int | None = None) -> Tensor:
         """Tokens (B, N, C) of images (B, 3, height, width), before any prompt and block."""
@@ -194,10 +208,7 @@ def prompts_in(part: Part) -> int:
 
 def opening(front: Part, trained: Sequence[str]) -> slice:
     """The tokens of the front's output that need a gradient: the prompts, where only they train and come last."""
-    shell = cast(Any, front._shell)
-    last = shell.blocks[str(front.numbers[-1])] if front.numbers else shell.norm_pre
-    name = f"blocks.{front.numbers[-1]}.prompt_after" if front.numbers else "norm_pre.prompt"
-    prompt = getattr(last, name.rpartition(".")[2], None)
+    name, prompt = front.last_prompt
     if prompt is None or not trained or not all(parameter.startswith(f"{name}.") for parameter in trained):
         return slice(None)
     return slice(prompt.prefix, prompt.prefix + prompt.adds)
@@ -206,7 +217,7 @@ def opening(front: Part, trained: Sequence[str]) -> slice:
 def run_block(block: nn.Module, x: Tensor, op: Op) -> Tensor:
     """One block, (B, N, C) to (B, N, C): FULL, FORWARD with its branches cut off from autograd, or SKIP.
 
-    Prompts that sit before or after the block go in whatever the op is.
+    Prompts that sit before the block go in whatever the op is.
     """
     x = _prompted(block, "prompt_before", x)
     if op is Op.FULL:
@@ -215,7 +226,7 @@ def run_block(block: nn.Module, x: Tensor, op: Op) -> Tensor:
         with torch.no_grad():
             branch: Tensor = block.forward(x) - x
         x = x + branch
-    return _prompted(block, "prompt_after", x)
+    return x
 
 
 def _prompted(owner: Any, place: str, x: Tensor) -> Tensor:

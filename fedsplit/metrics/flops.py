@@ -86,7 +86,7 @@ def step_flops(
         tail,
         local=front + forward["short"] + back["short"],
         score=forward["front"] + forward["short"],
-        kept=_count(lambda: parts.front.embed(x))[1] if kept is None else kept,
+        kept=_count(lambda: parts.front.begin(x))[1] if kept is None else kept,
     )
 
 

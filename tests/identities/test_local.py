@@ -327,3 +327,20 @@ def test_pooling_at_the_server_is_refused_where_the_tail_needs_all_tokens(values
         if "model.pool" in values:
             values = {"model.name": "vit_base_patch16_siglip_224", "model.pretrained": False, "model.image-size": 32}
         world(changed("avg", {"cut.pool": "body"}, values))
+
+
+def test_an_embedding_alone_can_be_inverted() -> None:
+    """What the server receives of a front without blocks is the image: one least-squares solve per patch."""
+    built = fresh(changed("avg", {"train": "tail,prompts"}))
+    taken: list[torch.Tensor] = []
+    client_round(built, job_of(built), tap=lambda stream, x: stream == "activations-up" and taken.append(x["x"]))
+    vit: Any = built.backbone.vit
+    weight = vit.patch_embed.proj.weight.detach().flatten(1).double()
+    z = taken[0][:, built.parts.front.prefix :].double() - vit.patch_embed.proj.bias.double() - vit.pos_embed.double()
+    patches = torch.linalg.lstsq(weight.expand(len(z), -1, -1), z.transpose(1, 2)).solution
+    images = F.fold(patches, (32, 32), 4, stride=4).float().detach()
+    mean, std = torch.tensor(built.backbone.mean), torch.tensor(built.backbone.std)
+    pixels = (images.permute(0, 2, 3, 1) * std + mean) * 255
+    known = torch.from_numpy(np.array(built.data.train.pixels)).float()
+    nearest = torch.cdist(pixels.flatten(1), known.flatten(1)).min(1).values / pixels[0].numel() ** 0.5
+    assert nearest.max() < 0.5, "each is a training image to within half a grey level"
