@@ -95,8 +95,6 @@ def check(world: World) -> None:
         )
     if phases and not world.client:
         raise FedsplitError(f"local.phases: train='{config.train}' names nothing at the client; add 'tail'.")
-    if auxiliary and not phases:
-        raise FedsplitError("local.head=auxiliary is a head that only local.phases trains; name a phase there.")
     if auxiliary and not any(name.startswith("local_head.") for name in world.client):
         raise FedsplitError(f"local.head=auxiliary: train='{config.train}' leaves the head out; add 'head' or 'tail'.")
 

@@ -102,7 +102,7 @@ class Local:
     phases: str = knob("", "pieces that train front and tail without the server, before the split steps")
     head: str = knob(
         "auto",
-        "what classifies the front's own tokens: the 'tail', the tail on the mean of the 'patches', an 'auxiliary' head; 'auto' is the tail unless its class token has not met the image",
+        "what classifies the front's own tokens: the 'tail', the tail on the mean of the 'patches', an 'auxiliary' head that local.phases trains; 'auto' is the tail unless its class token has not met the image",
         choices=("auto", "tail", "patches", "auxiliary"),
     )
 

@@ -186,13 +186,19 @@ def address(config: Config, depth: int) -> Cut:
 def local_reads(config: Config, vit: Any, cut: Cut) -> Reads:
     """What the tail reads of the front's own tokens, by `local.head`.
 
-    A class token that has met no patch in any block of front or tail is the same for every image.
+    Without a phase that trains it an auxiliary head would guess, so there is none: 'auto' holds. A class
+    token that has met no patch in any block of front or tail is the same for every image.
     """
-    if config.local.head == "auxiliary":
+    if has_local_head(config):
         return "local_head"
     if vit.global_pool != "token" or config.local.head == "tail":
         return "tokens"
     return "patches" if config.local.head == "patches" or not cut.front + cut.tail else "tokens"
+
+
+def has_local_head(config: Config) -> bool:
+    """Whether there is an auxiliary head: asked for, and trained by a phase of the client's own."""
+    return config.local.head == "auxiliary" and any(phase.epochs for phase in config.pieces("local.phases"))
 
 
 def kept_until(config: Config, front: Part, trains: trainable.TrainSet) -> Start:
@@ -236,7 +242,7 @@ def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:
             "cut.pool=body needs a split, cut.tail=0, and a model whose last norm does not need all tokens "
             "(class token, or average pooling before the norm); set cut.pool=tail."
         )
-    if config.local.head == "auxiliary":
+    if has_local_head(config):
         torch.manual_seed(key(config.seed, "local_head"))
         vit.local_head = nn.Sequential(nn.LayerNorm(vit.embed_dim), nn.Linear(vit.embed_dim, vit.num_classes))
     for place in ("front.edits", "body.edits"):
