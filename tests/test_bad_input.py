@@ -115,6 +115,25 @@ CUTS = [
     ("train=", "train is empty"),
     ("cut.shape=none train=body", "'body' names no parameter", "at this cut"),
 ]
+ALONE = [
+    ("data.select=el2n data.el2n.keep=0", "data.el2n.keep must be more than 0, got 0"),
+    ("data.select=el2n data.el2n.keep=1.1", "data.el2n.keep must be at most 1"),
+    ("data.select=random data.random.keep=-0.5", "data.random.keep must be more than 0"),
+    ("data.select=el2n data.el2n.keep=0.7 data.el2n.offset=0.4", "data.el2n", "must add up to at most 1"),
+    ("data.select=el2n cut.shape=vanilla", "data.select needs the classifier at the client", "cut.shape=u-shape"),
+    ("local.phases=self-update cut.shape=none", "with cut.shape=none there is none after the last block"),
+    ("local.phases=self-update cut.front=8", "leave the server none of 8 blocks"),
+    ("local.phases=self-update cut.shape=vanilla", "local.phases needs the classifier at the client"),
+    ("local.phases=self-update train=body", "train='body' names nothing at the client", "add 'tail'"),
+    ("local.phases=self-updat", "local.phases names no piece", "did you mean 'self-update'"),
+    ("local.self-update.epochs=-1", "local.self-update.epochs must be at least 0"),
+    ("front.edits=prompts model.name=resnet18", "'resnet18' is no plain ViT"),
+    ("front.edits=prompts front.prompts.count=-1", "front.prompts.count must be at least 0"),
+    ("front.edits=prompts front.prompts.side=server", "front.prompts.side=server", "set front.prompts.at=cut"),
+    ("front.edits=prompts front.prompts.deep=true front.prompts.at=cut", "front.prompts.deep=true", "at=input"),
+    ("cut.pool=body cut.tail=1", "cut.pool=body needs", "set cut.pool=tail"),
+    ("front.cache-memory-bytes=-1", "front.cache-memory-bytes must be at least 0"),
+]
 MODELS = [
     ("model.image-size=30", "model.image-size=30", "multiple of its patch size, 4"),
     ("model.image-size=2", "model.image-size=2", "multiple of its patch size, 4"),
@@ -226,7 +245,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "case", [*KEYS, *CUTS, *MODELS, *DATA, *RUN], ids=lambda case: case[0].replace("/", ":") or "empty"
+    "case", [*KEYS, *CUTS, *ALONE, *MODELS, *DATA, *RUN], ids=lambda case: case[0].replace("/", ":") or "empty"
 )
 def test_key(case: tuple[str, ...], capsys: pytest.CaptureFixture[str], shelf: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
