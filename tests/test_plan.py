@@ -44,15 +44,16 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     ("baselines/splitfed_v2", ("server.optimizer=step",)),
     (PAPER, (TWICE,)),
     (PAPER, (TWICE, *(f"wire.{stream}=half" for stream in STREAMS))),
-    (PAPER, (TWICE, "cut.pool=body", *VIT)),
+    (PAPER, (TWICE, "cut.pool=tail", "local.head=auto", *VIT)),
+    (PAPER, (TWICE, *VIT)),
     (PAPER, (TWICE, "front.cache=false", "data.local-test=0.2", "eval.per-client=true")),
     (PAPER, (TWICE, "data.el2n.once=true", "data.el2n.epochs=2", "rounds=3", "devices.per-round=2")),
-    (PAPER, (TWICE, "cut.front=1", "cut.tail=1", "local.head=auxiliary", "train=tail,prompts")),
+    (PAPER, (TWICE, "cut.front=1", "cut.tail=1", "cut.pool=tail")),
     (PAPER, ("local.phases=", "data.select=random", "rounds=3", "devices.per-round=2")),
     (PAPER, ("local.phases=", "data.select=random", "data.random.once=true", "local.max-steps=2", "rounds=3")),
     (PAPER, ("local.phases=", "data.select=random", "front.cache-memory-bytes=250000", "front.cache-disk-bytes=0")),
     (PAPER, (TWICE, "front.prompts.deep=true", "data.partition=dirichlet", "data.min-samples=3")),
-    (PAPER, (TWICE, "cut.front=2", "front.prompts.at=cut", "front.prompts.side=server", "train=tail,prompts")),
+    (PAPER, (TWICE, "cut.front=2", "front.prompts.at=cut", "front.prompts.side=server")),
     (PAPER, ("local.self-update.epochs=0", "local.epochs=2")),
     (DEMO, ("body.edits=lora", "train=lora,head", "data.partition=dirichlet")),
     (DEMO, (*VIT, "model.dropout=0.1", "model.drop-path=0.2", "optimizer.name=sgd", "local.epochs=1")),
@@ -109,7 +110,13 @@ def test_what_depends_on_scores_is_estimated(repository: Path, tmp_path: Path) -
 
 
 def test_the_virtual_clock(repository: Path, tmp_path: Path) -> None:
-    fleet = ("devices.flops-per-s=1e9", "devices.up-bytes-per-s=1e6", "devices.latency-s=0.1", "devices.active-w=3")
+    fleet = (
+        "devices.flops-per-s=1e9",
+        "devices.up-bytes-per-s=1e6",
+        "devices.latency-s=0.1",
+        "devices.active-w=3",
+        "local.max-steps=2",
+    )
     for schedule in ("splitfed-v1", "splitfed-v2"):
         config = config_of(repository, DEMO, *fleet, f"server.schedule={schedule}", "data.partition=dirichlet")
         planned = account(config)
@@ -179,7 +186,7 @@ def test_the_baseline_is_the_same_run(repository: Path) -> None:
 
 
 def test_readings_are_the_configs_they_name(repository: Path) -> None:
-    config = config_of(repository, PAPER, TWICE, *VIT)
+    config = config_of(repository, PAPER, TWICE, "cut.pool=tail", *VIT)
     own, base = account(config), account(full_fine_tuning(config))
     found = {reading.name: reading for reading in readings(own, base)}
     assert list(found) == [
@@ -190,6 +197,8 @@ def test_readings_are_the_configs_they_name(repository: Path) -> None:
     assert found["as many passes"].client_flops_ratio == pytest.approx(bare.client_flops / base.client_flops / 3)
     pooled = account(config.replace(cut__pool="body"))
     assert found["pooled at the body"].bytes_ratio == pooled.total_bytes / base.total_bytes
+    last = readings(pooled, base)[-1]
+    assert (last.name, last.bytes_ratio) == ("pooled at the tail", own.total_bytes / base.total_bytes)
     assert (
         found["four full tensors"].bytes_ratio > found["as run"].bytes_ratio > found["pooled at the body"].bytes_ratio
     )
