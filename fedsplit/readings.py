@@ -85,7 +85,7 @@ def readings(own: Account, base: Account) -> list[Reading]:
     note = f"4 float32 tensors ({tokens}, {channels}) for each sample of a split step, whatever need not cross"
     made.append(_reading("four full tensors", note, own.client_flops, tensors, base))
     if cut.shape == "u-shape" and not cut.tail and own.pools:
-        name, pool, note = POOLS[cut.pool]
+        name, pool, note = POOLS["tail" if cut.pool == "tail" else "body"]
         other = account(config.replace(cut__pool=pool))
         made.append(_reading(name, note, other.client_flops, other.total_bytes, base))
     return made

@@ -59,8 +59,8 @@ class CutKeys:
     )
     pool: str = knob(
         "tail",
-        "who pools the tokens before the classifier: 'tail', or 'body', which then sends down only what the classifier reads",
-        choices=("tail", "body"),
+        "who pools the tokens before the classifier: 'tail', or 'body', which then sends down only what the classifier reads; 'auto' is the body where it can",
+        choices=("tail", "body", "auto"),
     )
 
 

@@ -138,7 +138,8 @@ def _build(config: Config, hollow: bool) -> World:
     cut = address(config, backbone.depth)
     _edit(config, backbone, cut)
     backbone.vit.to(device)
-    parts = split(backbone.vit, cut, config.cut.pool)
+    pool = pooling(config, backbone.vit, cut)
+    parts = split(backbone.vit, cut, pool)
     parts.train()
     trains = trainable.resolve(config.train, backbone.vit, parts)
     sides = by_side(config, parts)
@@ -162,7 +163,7 @@ def _build(config: Config, hollow: bool) -> World:
         server=sides[1],
         initial={} if hollow else values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
-        flops=step_flops(backbone.vit, cut, backbone.image_size, config.cut.pool, reads, start),
+        flops=step_flops(backbone.vit, cut, backbone.image_size, pool, reads, start),
     )
 
 
@@ -181,6 +182,21 @@ def address(config: Config, depth: int) -> Cut:
             "lower them, or set cut.shape=none."
         )
     return cut
+
+
+def pooling(config: Config, vit: nn.Module, cut: Cut) -> str:
+    """Who pools the tokens, 'tail' or 'body', by `cut.pool`.
+
+    Raises:
+        FedsplitError: the body should, and the tail needs all tokens.
+    """
+    able = config.cut.shape != "none" and not cut.tail and can_pool_early(vit)
+    if config.cut.pool == "body" and not able:
+        raise FedsplitError(
+            "cut.pool=body needs a split, cut.tail=0, and a model whose last norm does not need all tokens "
+            "(class token, or average pooling before the norm); set cut.pool=tail."
+        )
+    return "tail" if config.cut.pool == "tail" or not able else "body"
 
 
 def local_reads(config: Config, vit: Any, cut: Cut) -> Reads:
@@ -237,11 +253,6 @@ def pick_device(name: str) -> torch.device:
 
 def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:
     vit: Any = backbone.vit
-    if config.cut.pool == "body" and (cut.tail or config.cut.shape == "none" or not can_pool_early(vit)):
-        raise FedsplitError(
-            "cut.pool=body needs a split, cut.tail=0, and a model whose last norm does not need all tokens "
-            "(class token, or average pooling before the norm); set cut.pool=tail."
-        )
     if has_local_head(config):
         torch.manual_seed(key(config.seed, "local_head"))
         vit.local_head = nn.Sequential(nn.LayerNorm(vit.embed_dim), nn.Linear(vit.embed_dim, vit.num_classes))

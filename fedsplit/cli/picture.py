@@ -32,7 +32,7 @@ def _split(config: Config) -> list[str]:
         rows.append(_row("labels ──►", "tail, loss"))
         rows.append(_row("front ◄──gradients──", f"body{_with(codecs['gradients-down'])}"))
         return rows + _shared(config)
-    pool = ", pools" if cut.pool == "body" else ""
+    pool = ", pools" if cut.pool == "body" or (cut.pool == "auto" and not cut.tail) else ""
     rows.append(_row(f"tail ({cut.tail} blocks) ◄──activations──", f"body{pool}{_with(codecs['activations-down'])}"))
     rows.append(_row("loss", ""))
     rows.append(_row(f"tail {down}", f"body{_with(codecs['gradients-up'])}"))

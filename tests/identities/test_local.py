@@ -328,6 +328,8 @@ def test_pooling_at_the_server_is_refused_where_the_tail_needs_all_tokens(values
         if "model.pool" in values:
             values = {"model.name": "vit_base_patch16_siglip_224", "model.pretrained": False, "model.image-size": 32}
         world(changed("avg", {"cut.pool": "body"}, values))
+    assert not world(changed("avg", {"cut.pool": "auto"}, values)).parts.body.pools
+    assert world(changed("avg", {"cut.pool": "auto"})).parts.body.pools
 
 
 def test_an_embedding_alone_can_be_inverted() -> None:
