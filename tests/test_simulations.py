@@ -43,24 +43,3 @@ def test_baselines_agree_where_they_must() -> None:
 def test_faults_are_held() -> None:
     rows = study("faults.py")["rows"]
     assert len(rows) >= 8 and all(row["held"] for row in rows)
-
-
-@pytest.mark.slow
-def test_a_front_cache_changes_no_weight() -> None:
-    rows = {row["config"]: row for row in study("front_cache.py", *TINY)["rows"]}
-    assert list(rows) == ["linear_probe", "frozen_front", "sfprompt"]
-    assert all(row["same_weights"] and 0 < row["device_flops_ratio"] < 1 for row in rows.values())
-
-
-@pytest.mark.slow
-def test_a_papers_scoreboard_has_every_arm_and_a_verdict_on_every_claim() -> None:
-    smaller = ["data.limit=120", "data.test-limit=20", "rounds=1", "local.max-steps=1", "local.self-update.epochs=1"]
-    found = study("paper.py", "sfprompt", *(word for pair in smaller for word in ("--set", pair)))
-    rows = {(row["partition"], row["arm"]): row for row in found["rows"]}
-    assert len(rows) == 2 * 6 + 2 and all(row["seeds"] == 1 and not row["failed"] for row in rows.values())
-    for partition in ("iid", "dirichlet-0.1"):
-        assert rows[partition, "fedavg"]["client_flops_ratio"] == rows[partition, "fedavg"]["bytes_ratio"] == 1.0
-        # Split or not, it is the same training.
-        assert rows[partition, "fedavg"]["accuracy_mean"] == rows[partition, "splitfed"]["accuracy_mean"]
-        assert rows[partition, "sfprompt"]["kept_samples"] < rows[partition, "splitfed"]["kept_samples"]
-    assert len(found["claims"]) == 7 and all(claim["verdict"] for claim in found["claims"])
