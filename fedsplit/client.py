@@ -166,7 +166,7 @@ def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int
         client_flops=client_compute(world, seen, alone.seen, alone.scored, stock.computed),
         server_flops=client_share(world)[1] * seen,
         client_peak_bytes=_weights([client.front, *([] if tails else [client.tail])])
-        + max(alone.kept_bytes, client.optimizer.state_bytes() + client.meter.saved_bytes)
+        + max(alone.step_bytes, client.optimizer.state_bytes() + client.meter.saved_bytes)
         + min(stock.stored_bytes, world.config.front.cache_memory_bytes),
         server_peak_bytes=_weights([body.body, *tails]) + body.optimizer.state_bytes() + body.meter.saved_bytes,
         stored_bytes=stock.stored_bytes,

@@ -29,7 +29,7 @@ class Alone:
     scored: int = 0
     loss: float | None = None
     accuracy: float | None = None
-    kept_bytes: int = 0
+    step_bytes: int = 0
 
 
 def work_alone(world: World, job: Job, client: Client, stock: Stock, lr: float, memory: Tensors) -> Alone:
@@ -51,7 +51,7 @@ def work_alone(world: World, job: Job, client: Client, stock: Stock, lr: float, 
             done.loss = _epoch(world, job, solo, stock, ("local", name, job.round, job.client, epoch), done)
             left -= 1
             choice.hear(left)
-        done.kept_bytes = max(done.kept_bytes, solo.meter.saved_bytes + optimizer.state_bytes())
+        done.step_bytes = max(done.step_bytes, solo.meter.saved_bytes + optimizer.state_bytes())
     done.kept = choice.kept()
     done.scored, done.accuracy, done.memory = choice.scored, choice.accuracy, choice.memory
     return done
@@ -128,7 +128,7 @@ class Choice:
 
     def kept(self) -> Indices:
         """The samples that all selectors keep."""
-        if not self.world.config.pieces("local.phases") or not any(self.scores.values()):
+        if not any(self.scores.values()):  # no epoch was scored
             self.hear(0)
         masks = [self._mask(name) for name in self.pieces]
         mask = torch.ones(len(self.stock.shard), dtype=torch.bool)

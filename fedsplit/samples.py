@@ -16,14 +16,14 @@ HELD = "held"
 class Stock:
     """The samples of one device in one round, and what passed through its front.
 
-    `visited` counts the samples that did, `computed` those whose frozen part was not kept from an
-    earlier pass. What a device keeps is its own account, whoever else shares this process.
+    `computed` counts the samples whose frozen part was not kept from an earlier pass. What a device
+    keeps is its own account, whoever else shares this process.
     """
 
     def __init__(self, world: World, job: Job, memory: Tensors) -> None:
         self.world = world
         self.shard = world.shards[job.client]
-        self.visited = self.computed = 0
+        self.computed = 0
         self._held: set[int] = set()
         self._fits: set[int] = set()
         if world.cache is not None:
@@ -33,7 +33,6 @@ class Stock:
 
     def batch(self, indices: Indices, stream: int) -> Batch:
         """The samples `indices` (B,), augmented by `stream`; tokens where the front's were kept."""
-        self.visited += len(indices)
         self.computed += sum(int(index) not in self._held for index in indices)
         self._held |= self._fits.intersection(indices.tolist())
         world = self.world
