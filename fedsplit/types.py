@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Scalar = int | float | bool | str
@@ -66,6 +67,55 @@ class Op(IntEnum):
     SKIP = 0
     FORWARD = 1
     FULL = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every block and unit does for one micro-batch.
+
+    `ops[l][u]` is the `Op` of unit u of global block l, (L, U); `scale[l]` multiplies what block l adds to
+    the residual stream, and is 1 where it is empty. Hashable, so that equal plans share what is made for them.
+    """
+
+    ops: tuple[tuple[int, ...], ...]
+    scale: tuple[float, ...] = ()
+
+    def tensors(self) -> Tensors:
+        """The plan as it crosses the wire: `ops` (L, U) int8, `scale` (L,) float32 where there is one."""
+        ops = {"ops": torch.tensor(self.ops, dtype=torch.int8)}
+        return ops | ({"scale": torch.tensor(self.scale)} if self.scale else {})
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor]) -> Plan | None:
+        """What `tensors` wrote; None where there is no plan."""
+        if "ops" not in tensors:
+            return None
+        scale = tensors["scale"].tolist() if "scale" in tensors else ()
+        return Plan(tuple(map(tuple, tensors["ops"].tolist())), tuple(scale))
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a step is to be taken: by `plan`, and, where `probe` is the (L, U) of the model, with scores of its units.
+
+    It travels beside the activations; the ordinary one is empty.
+    """
+
+    plan: Plan | None = None
+    probe: tuple[int, ...] = ()
+
+    def tensors(self) -> Tensors:
+        """The order as it crosses the wire."""
+        probe = {"probe": torch.tensor(self.probe)} if self.probe else {}
+        return (self.plan.tensors() if self.plan else {}) | probe
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor]) -> Order:
+        """What `tensors` wrote."""
+        return Order(Plan.read(tensors), tuple(tensors["probe"].tolist()) if "probe" in tensors else ())
+
+
+ORDINARY = Order()
 
 
 @dataclass(frozen=True)
@@ -134,7 +184,8 @@ class Job:
     `down` is the serialised parameter frame that crosses the wire. `server` is the state of the
     client's server-side part (body parameters, server optimiser): it stays at the server in a
     deployment, travels only inside a simulation, and is never counted. `memory` is what the client
-    wrote down for itself in its last round: it stays at the client in a deployment.
+    wrote down for itself in its last round: it stays at the client in a deployment. `choices` are config
+    keys, as JSON, that the controllers set for this client and round.
     """
 
     client: int
@@ -143,6 +194,7 @@ class Job:
     down: bytes
     server: bytes
     memory: bytes = b""
+    choices: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,6 +225,10 @@ class Report:
     to tail after it, on the client's own samples; None where there was no such phase or no scoring.
     `computed_samples` passed through the frozen front, which the others left out; `stored_bytes` is what
     the device then keeps of its outputs, in memory (counted in its peak) and on disk.
+
+    Of plans: `probe_steps` ran in full to be scored; `units` counts by `block.unit.op` how often units ran
+    forward only or in full; `workload_variance` is that of the server workers' loads, as fractions of a full
+    load; `gradient_cosine` compares one step's gradient at the cut with the exact one.
     """
 
     steps: int = 0
@@ -185,6 +241,10 @@ class Report:
     computed_samples: int = 0
     personal_accuracy: float | None = None
     personal_samples: int = 0
+    probe_steps: int = 0
+    units: Mapping[str, int] = field(default_factory=dict)
+    workload_variance: float | None = None
+    gradient_cosine: float | None = None
     bytes: Mapping[str, int] = field(default_factory=dict)
     messages: int = 0
     client_flops: int = 0
@@ -196,4 +256,4 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a message or a CSV row."""
-        return dataclasses.asdict(self) | {"bytes": dict(self.bytes)}
+        return dataclasses.asdict(self) | {"bytes": dict(self.bytes), "units": dict(self.units)}
