@@ -29,6 +29,7 @@ OPTIONAL = (
     "flwr_datasets",
     "grpc",
     "matplotlib",
+    "ortools",
     "pandas",
     "peft",
     "psutil",
