@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from fedsplit.body.planner import Planner
 from fedsplit.body.service import LocalBody
+from fedsplit.body.tally import Tally
 from fedsplit.data.batches import batches
 from fedsplit.local import Alone, work_alone
 from fedsplit.metrics.memory import weight_bytes
@@ -17,7 +19,7 @@ from fedsplit.metrics.quality import evaluate
 from fedsplit.optim import PartOptimizer
 from fedsplit.samples import Stock
 from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
-from fedsplit.types import Batch, Job, Report, Tensors, Update
+from fedsplit.types import Batch, Job, Order, Report, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link, Tap
 from fedsplit.world import Indices, World, values_of
@@ -38,8 +40,12 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     return Update(job.client, len(world.shards[job.client]), up, pack(values_of(world.server) | server), report, own)
 
 
-def work(world: World, job: Job, link: Link, tap: Tap | None = None) -> tuple[Report, Tensors, bytes]:
+def work(
+    world: World, job: Job, link: Link, tap: Tap | None = None, order: Order | None = None
+) -> tuple[Report, Tensors, bytes]:
     """A client's round from what it received to what it sends back, over `link`.
+
+    Every step is taken by `order`, if there is one, and else by the plans of the config.
 
     Returns:
         Its figures, the moments of the server's optimiser, and what the client writes down for itself.
@@ -51,20 +57,29 @@ def work(world: World, job: Job, link: Link, tap: Tap | None = None) -> tuple[Re
     memory = unpack(job.memory)
     stock = Stock(world, job, memory)
     alone = work_alone(world, job, client, stock, lr, memory)
-    loss, steps, seen = 0.0, 0, 0
-    for indices, stream in plan_batches(world, job, alone.kept):
+    steps = list(plan_batches(world, job, alone.kept))
+    planner = Planner(world, job, memory)
+    client.metrics = body.metrics = planner.metrics
+    tally = Tally(world)
+    loss, seen = 0.0, 0
+    orders = planner.orders([indices for indices, _ in steps]) if order is None else [order] * len(steps)
+    for number, ((indices, stream), order) in enumerate(zip(steps, orders, strict=True)):
         batch = stock.batch(indices, stream)
-        noise = world.key("noise", job.round, job.client, steps)
-        loss += _step(world, client, body, batch, noise) * len(batch.y)
+        noise = world.key("noise", job.round, job.client, number)
+        tally.add(order, batch, noise)
+        loss += _step(world, client, body, batch, noise, order) * len(batch.y)
+        planner.record(indices, order, client.heard)
         if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
             body.optimizer.forget()
-        client.meter.close()
-        body.meter.close()
-        steps, seen = steps + 1, seen + len(batch.y)
+        for meter in (client.meter, body.meter):
+            meter.turn() if planner.pieces else meter.close()
+        seen += len(batch.y)
     report = _measured(world, job, client, body, seen, alone, stock)
     report = replace(
         report,
-        steps=steps,
+        **tally.figures(report),
+        steps=len(steps),
+        workload_variance=planner.variance,
         kept_samples=len(alone.kept),
         train_loss=loss / max(1, seen),
         local_steps=alone.steps,
@@ -73,7 +88,7 @@ def work(world: World, job: Job, link: Link, tap: Tap | None = None) -> tuple[Re
         scored_samples=alone.scored,
         computed_samples=stock.computed,
     )
-    return report, _server_moments(world, body.optimizer), pack({**alone.memory, **stock.memory()})
+    return report, _server_moments(world, body.optimizer), pack({**alone.memory, **stock.memory(), **planner.memory()})
 
 
 def learning_rate(world: World, number: int) -> float:
@@ -141,11 +156,11 @@ def plan_batches(world: World, job: Job, kept: Indices) -> Iterator[tuple[Indice
             yield indices, world.key("augment", job.round, job.client, epoch, step)
 
 
-def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: int) -> float:
+def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: int, order: Order) -> float:
     if world.config.cut.shape == "none":
-        return local_step(client, batch, noise)
+        return local_step(client, batch, noise, order)
     step = vanilla_step if world.config.cut.shape == "vanilla" else u_shape_step
-    return step(client, body, batch, noise)
+    return step(client, body, batch, noise, order)
 
 
 def client_compute(world: World, seen: int, alone: int, scored: int, computed: int) -> int:

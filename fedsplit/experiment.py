@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsplit import local
+from fedsplit.body import planner
+from fedsplit.client import plan_batches
 from fedsplit.config import Config
+from fedsplit.control import steer
 from fedsplit.data.partitions import plot as plot_partition
 from fedsplit.metrics.quality import Quality, evaluate
 from fedsplit.progress import Progress, Silent
 from fedsplit.round import Outcome, Runner, State, run_round, sample
 from fedsplit.runs import RunFolder
 from fedsplit.runtime.faults import parse as parse_faults
-from fedsplit.tables import by_stream, class_rows, client_rows, draw, round_row, summarise
-from fedsplit.types import Failure, FedsplitError
-from fedsplit.world import World, world
+from fedsplit.tables import by_stream, choice_rows, class_rows, client_rows, draw, round_row, summarise, unit_rows
+from fedsplit.types import Failure, FedsplitError, Images, Job
+from fedsplit.world import Indices, World, world
 
 
 def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: Progress | None = None) -> Path:
@@ -79,7 +82,8 @@ def check(config: Config, built: World) -> None:
 
     Raises:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
-            are, a fault that can never happen, or a client that cannot work alone as it is asked to.
+            are, a fault that can never happen, a client that cannot work alone as it is asked to, a plan
+            that cannot be had, or a controller without what it learns from.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -94,6 +98,10 @@ def check(config: Config, built: World) -> None:
                 f"clients are 0 to {devices - 1}, rounds 1 to {config.rounds}."
             )
     local.check(built)
+    largest = max(built.shards, key=len)
+    sizes = [len(indices) for indices, _ in plan_batches(built, Job(0, 1, 0, b"", b""), largest)]
+    planner.check(built, sizes)
+    steer.check(built, sizes)
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
 
@@ -110,6 +118,7 @@ class _Loop:
         """One round, repeated while it stays below the quorum, with its rows written."""
         begun = time.perf_counter()
         number = state.round + 1
+        state = self._with_control(state)
         failures: list[Failure] = []
         for attempt in range(self.config.share.attempts):
             self.progress.round(number, len(sample(self.world, number, attempt)))
@@ -123,9 +132,34 @@ class _Loop:
         self.world.load(outcome.state.model)
         quality = self._quality(number)
         row = round_row(self.world, outcome, quality, len(failures), time.perf_counter() - begun)
+        outcome = replace(outcome, state=self._observed(outcome))
         self._write(number, outcome, failures, quality, row)
         self.progress.row(row)
         return outcome.state
+
+    def _with_control(self, state: State) -> State:
+        """Where there are controllers, the state with the held-out accuracy of its model."""
+        if not self.config.names("control.tune") or steer.HELD_OUT in state.control:
+            return state
+        self.world.load(state.model)
+        return replace(state, control=steer.first(state.control, self._held_out()))
+
+    def _observed(self, outcome: Outcome) -> State:
+        """The state after what the controllers learn from the round."""
+        if not self.config.names("control.tune"):
+            return outcome.state
+        after = steer.observe(self.world, outcome, self._held_out())
+        return replace(outcome.state, control=after)
+
+    def _held_out(self) -> float:
+        samples = np.sort(np.concatenate(self.world.held_out))
+        return self._test(self.world.data.train, samples).accuracy
+
+    def _test(self, images: Images, samples: Indices) -> Quality:
+        return evaluate(
+            self.world.parts, images, samples, len(self.world.data.classes),
+            batch_size=self.config.eval.batch_size, **self.world.look,
+        )  # fmt: skip
 
     def _below(self, state: State, outcome: Outcome, attempt: int) -> None:
         share = self.config.share
@@ -140,11 +174,8 @@ class _Loop:
     def _quality(self, number: int) -> Quality | None:
         if number % self.config.eval.every and number != self.config.rounds:
             return None
-        data = self.world.data
-        return evaluate(
-            self.world.parts, data.test, np.arange(len(data.test)), len(data.classes),
-            batch_size=self.config.eval.batch_size, **self.world.look,
-        )  # fmt: skip
+        test = self.world.data.test
+        return self._test(test, np.arange(len(test)))
 
     def _write(
         self, number: int, outcome: Outcome, failures: list[Failure], quality: Quality | None, row: Mapping[str, Any]
@@ -153,4 +184,6 @@ class _Loop:
         self.folder.append("ledger", [{"round": number, **by_stream(outcome)}])
         if quality is not None:
             self.folder.append("classes", class_rows(number, quality, self.world.data.classes))
+        self.folder.append("units", unit_rows(self.world, number, outcome))
+        self.folder.append("choices", choice_rows(number, outcome.state.control))
         self.folder.append("rounds", [row])

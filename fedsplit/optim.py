@@ -32,8 +32,12 @@ class PartOptimizer:
         for parameter in self.named.values():
             parameter.grad = None
 
-    def step(self) -> None:
-        """One update with the gradients at hand."""
+    def step(self, idle: Mapping[str, tuple[int, Tensor]] | None = None) -> None:
+        """One update with the gradients at hand.
+
+        `idle` names entries of parameters, by dimension and positions along it, that neither move nor
+        gather moments: a gradient of zero is not enough, since momentum and decay act without one.
+        """
         if self._inner is None:
             return
         for name, anchor in self.anchors.items():
@@ -41,7 +45,24 @@ class PartOptimizer:
             if parameter.grad is not None:
                 for pull in self.pulls:
                     parameter.grad.add_(pull.gradient(parameter.detach(), anchor))
+        held = {n: (dim, at.to(self.named[n].device)) for n, (dim, at) in (idle or {}).items() if n in self.named}
+        before = {name: self._entries(name, *place) for name, place in held.items()}
         self._inner.step()
+        for name, (dim, positions) in held.items():
+            for slot, value in self._slots(name).items():
+                old = before[name].get(slot)
+                value.index_fill_(dim, positions, 0) if old is None else value.index_copy_(dim, positions, old)
+
+    def _slots(self, name: str) -> Tensors:
+        """The parameter's values, as slot "", and its moments: all of its shape."""
+        assert self._inner is not None
+        parameter = self.named[name]
+        moments = self._inner.state.get(parameter, {}).items()
+        same = {slot: x for slot, x in moments if isinstance(x, Tensor) and x.shape == parameter.shape}
+        return {"": parameter.detach(), **same}
+
+    def _entries(self, name: str, dim: int, positions: Tensor) -> Tensors:
+        return {slot: value.index_select(dim, positions) for slot, value in self._slots(name).items()}
 
     def forget(self) -> None:
         """Start anew, without moments."""

@@ -33,5 +33,6 @@ PLACES: tuple[Place, ...] = (
     Place("body.plans", "body", body.PLANS),
     Place("share.merge", "share", share.MERGES, single=True),
     Place("share.proximal", "share", share.PROXIMAL),
+    Place("control.tune", "control", control.CONTROLLERS),
     Place("optimizer.schedule", "control", control.SCHEDULES, single=True),
 )

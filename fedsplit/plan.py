@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsplit.body.planner import Planner
+from fedsplit.body.tally import Tally
 from fedsplit.client import client_compute, client_share, plan_batches, work
 from fedsplit.config import Config
 from fedsplit.devices.clock import cost, round_cost
@@ -25,10 +27,13 @@ from fedsplit.hollow import Hollow, HollowCache, frame_bytes
 from fedsplit.local import Choice
 from fedsplit.round import sample
 from fedsplit.samples import Stock
-from fedsplit.types import STREAMS, FedsplitError, Job, Report, Tensors
+from fedsplit.types import ORDINARY, STREAMS, FedsplitError, Job, Op, Order, Report, Tensors
 from fedsplit.wire.link import Link
 from fedsplit.world import Indices, World, ghost
 
+FIRST = Job(0, 1, 0, b"", b"")
+# Steps of a round that are taken on shapes for the peaks of plans that change from step to step.
+MOST_STEPS = 16
 SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_samples", "messages")
 
 
@@ -167,10 +172,12 @@ class _Book:
         }
         self.estimated: set[str] = set()
         self.local = self.seen = self.stored = 0
-        self._largest = self._longest = 0
+        self._largest = self._longest = self._load = 0
+        self._busiest: Job | None = None
+        self._scores: dict[int, Tensors] = {}
         self._memory: dict[int, Tensors] = {}
         self._held: dict[int, Any] = {}
-        self._steps: dict[int, Report] = {}
+        self._steps: dict[tuple[int, Order], Report] = {}
         self._sizes: dict[int, Counter[int]] = {}
 
     def report(self, number: int, client: int) -> Report:
@@ -179,21 +186,21 @@ class _Book:
         scored, kept, count = self._choose(job)
         shard = world.shards[client]
         self.local = self.epochs * len(shard)
-        sizes = self._batches(job, count)
-        seen = sum(size * steps for size, steps in sizes.items())
+        tally = Tally(world)
+        sizes = self._steps_of(job, kept, count, tally)
+        seen = sum(size * steps for (size, _), steps in sizes.items())
         computed = self._computed(job, self.epochs + scored, kept, seen)
         if world.cache is not None:
             self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
         self.seen += seen
-        self._largest = max([self._largest, *sizes])
         self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
         sent: Counter[str] = Counter(self.parameters)
         messages = 2
-        for size, steps in sizes.items():
-            one = self._step(size)
+        for (size, order), steps in sizes.items():
+            one = self._step(size, order)
             sent.update({name: steps * length for name, length in one.bytes.items()})
             messages += steps * one.messages
-        return Report(
+        report = Report(
             steps=sum(sizes.values()),
             kept_samples=count,
             scored_samples=scored * len(shard),
@@ -203,13 +210,16 @@ class _Book:
             client_flops=client_compute(world, seen, self.local, scored * len(shard), computed),
             server_flops=client_share(world)[1] * seen,
         )
+        return replace(report, **tally.figures(report))
 
     def peaks(self) -> tuple[int, int]:
         """Peak bytes at a client and at the server, of the longest batch of either kind of step."""
         phases = self.world.config.local.phases
-        reports = [self._probe(self._longest, local__epochs=0, local__phases=phases)]
-        if self._largest:
-            reports.append(self._step(self._largest))
+        reports = [self._probe(np.arange(self._longest), ORDINARY, local__epochs=0, local__phases=phases)]
+        if self._busiest is not None:
+            reports.append(self._planned(self._busiest))
+        elif self._largest:
+            reports.append(self._step(self._largest, ORDINARY))
         limit = self.world.config.front.cache_memory_bytes
         # A probe keeps the front outputs of one batch, a client those of all its samples.
         steps = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)
@@ -248,6 +258,31 @@ class _Book:
             self._sizes[count] = Counter(len(indices) for indices, _ in steps)
         return self._sizes[count]
 
+    def _steps_of(self, job: Job, kept: Indices | None, count: int, tally: Tally) -> Counter[tuple[int, Order]]:
+        """How many split steps of which batch size and kind `count` kept samples give; `tally` counts their plans."""
+        world = self.world
+        if not world.config.names("body.plans"):
+            alike = Counter({(size, ORDINARY): steps for size, steps in self._batches(job, count).items()})
+            self._largest = max([self._largest, *(size for size, _ in alike)])
+            return alike
+        shard = world.shards[job.client]
+        batches = [indices for indices, _ in plan_batches(world, job, shard[:count] if kept is None else kept)]
+        planner = Planner(world, job, self._scores.get(job.client, {}))
+        if planner.metrics:
+            self.estimated.add("server FLOPs and peak: scores decide which units run")
+        if world.config.names("control.tune"):
+            self.estimated.add("server FLOPs and peak: controllers decide which units run")
+        sizes: Counter[tuple[int, Order]] = Counter()
+        for indices, order in zip(batches, planner.orders(batches), strict=True):
+            planner.record(indices, order, {metric: torch.zeros(planner.shape) for metric in planner.metrics})
+            tally.count(order, len(indices))
+            load = (world.flops.total - sum(world.plan_flops.spared(order.plan))) * len(indices)
+            if load > self._load:
+                self._load, self._busiest = load, job
+            sizes[(len(indices), _like(order))] += 1
+        self._scores[job.client] = planner.memory()
+        return sizes
+
     def _computed(self, job: Job, passes: int, kept: Indices | None, seen: int) -> int:
         """How many visits went through the frozen front: `passes` over all samples, then `seen` of those kept."""
         shard, cache = self.world.shards[job.client], self.world.cache
@@ -271,16 +306,29 @@ class _Book:
             held[places] |= fits[places]
         return computed
 
-    def _step(self, size: int) -> Report:
-        if size not in self._steps:
-            self._steps[size] = self._probe(size, local__epochs=1, local__phases="")
-        return self._steps[size]
+    def _step(self, size: int, order: Order) -> Report:
+        if (size, order) not in self._steps:
+            self._steps[(size, order)] = self._probe(np.arange(size), order, local__epochs=1, local__phases="")
+        return self._steps[(size, order)]
 
-    def _probe(self, size: int, **changes: Any) -> Report:
-        """A client's round over `size` samples in one batch, taken on shapes; `bytes` are those of its steps."""
-        settings = self.world.config.replace(data__select="", eval__per_client=False, local__max_steps=1, **changes)
-        small = replace(self.world, config=settings, shards=(np.arange(size),))
+    def _planned(self, job: Job) -> Report:
+        """The peaks of the first steps of a round by its plans, whose units gather moments in turn."""
+        steps = min(self.world.config.local.max_steps or MOST_STEPS, MOST_STEPS)
+        shard = self.world.shards[job.client]
+        return self._probe(shard, None, job, local__max_steps=steps, local__phases="")
+
+    def _probe(self, shard: Indices, order: Order | None, job: Job = FIRST, **changes: Any) -> Report:
+        """A client's round over `shard`, one step if not said otherwise, on shapes; `bytes` are those of its steps."""
+        off: dict[str, Any] = {"data__select": "", "eval__per_client": False, "body__cosine": False}
+        settings = self.world.config.replace(**(off | {"local__max_steps": 1} | changes))
+        small = replace(self.world, config=settings, shards=(shard,) * (job.client + 1))
         link = Link(self.world.codecs)
         with Hollow():
-            report, _, _ = work(small, Job(0, 1, 0, b"", b""), link)
+            report, _, _ = work(small, job, link, order=order)
         return replace(report, bytes=dict(link.sizes), messages=link.messages)
+
+
+def _like(order: Order) -> Order:
+    """An order of as many bytes, the same for all of them."""
+    plan = order.plan and replace(order.plan, ops=tuple((int(Op.FULL),) * len(row) for row in order.plan.ops))
+    return Order(plan and replace(plan, scale=(1.0,) * len(plan.scale)), order.probe)

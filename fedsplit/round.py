@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from fedsplit.control.steer import propose
 from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.rng import numpy_rng
 from fedsplit.share.gate import Refused, admit
@@ -35,12 +36,14 @@ class State:
     """What outlives a round: all trained parameters, a shared optimiser's state, the clients' own memory.
 
     `memory` is at the server in a simulation only; it is empty for a client that has nothing to remember.
+    `control` is what the controllers remember, by name: plain JSON.
     """
 
     round: int
     model: Tensors
     optimizer: Tensors = field(default_factory=dict)
     memory: Mapping[int, bytes] = field(default_factory=dict)
+    control: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class _Desk:
         self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
         self.memory = state.memory
+        self.choices, self.control = propose(world, state.control, number)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
         self.updates: dict[int, Update] = {}
@@ -104,10 +108,11 @@ class _Desk:
                 frames[number] = next(iter(frames.values()))
             else:
                 frames[number] = Link(self.world.codecs, self.number, number).encode("parameters-down", client)
-        return [
-            Job(number, self.number, self.attempt, frames[number], server, self.memory.get(number, b""))
-            for number in clients
-        ]
+        return [self._job(number, frames[number], server) for number in clients]
+
+    def _job(self, client: int, down: bytes, server: bytes) -> Job:
+        memory, choices = self.memory.get(client, b""), self.choices.get(client, "")
+        return Job(client, self.number, self.attempt, down, server, memory, choices)
 
     def take(self, results: Iterator[Update | Failure]) -> None:
         """Let in what passes the gate."""
@@ -146,7 +151,7 @@ class _Desk:
             model = {**model, **merge(averaged, [self.tensors[client] for client in ids], weights)}
         kept = self.optimizer if self.world.config.server.optimizer == "keep" and not parallel else {}
         fresh = {client: update.memory for client, update in self.updates.items() if update.memory}
-        return State(self.number, model, kept, {**self.memory, **fresh})
+        return State(self.number, model, kept, {**self.memory, **fresh}, self.control)
 
 
 def sample(world: World, number: int, attempt: int) -> list[int]:

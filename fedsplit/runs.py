@@ -3,6 +3,8 @@
 config.toml        every key, resolved; versions, commit, seed and threads in its head
 rounds.csv         a row a round          clients.csv   a row a client and round
 ledger.csv         bytes by stream        classes.csv   accuracy by class
+units.csv          how often units of the model ran, where body.plans leaves some out
+choices.csv        what controllers chose a round, and what it brought
 summary.json       the figures            model.safetensors
 checkpoint/        the state after the last rounds
 """
@@ -32,7 +34,7 @@ from fedsplit.round import State
 from fedsplit.types import FedsplitError, Scalar, Tensors
 from fedsplit.wire.frame import pack, unpack
 
-TABLES = ("rounds", "clients", "ledger", "classes")
+TABLES = ("rounds", "clients", "ledger", "classes", "units", "choices")
 PACKAGES = ("fedsplit", "torch", "timm", "numpy", "peft", "flwr", "ray", "safetensors")
 KEEP_CHECKPOINTS = 2
 
@@ -92,8 +94,9 @@ class RunFolder:
             | {f"optim|{k}": v for k, v in state.optimizer.items()}
             | {f"client|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.memory.items()}
         )
+        about = {"round": state.round, "sha256": sha256(state.model), "control": dict(state.control)}
         _durable(scratch / "state.safetensors", frame)
-        _durable(scratch / "round.json", json.dumps({"round": state.round, "sha256": sha256(state.model)}).encode())
+        _durable(scratch / "round.json", json.dumps(about).encode())
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
         for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
@@ -117,12 +120,14 @@ class RunFolder:
         return state
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to `<table>.csv`."""
+        """Add rows to `<table>.csv`; no rows make no file."""
+        if not rows:
+            return
         file = self.path / f"{table}.csv"
         fresh = not file.exists()
         with file.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
-            if fresh and rows:
+            writer = csv.DictWriter(out, fieldnames=list(rows[0]))
+            if fresh:
                 writer.writeheader()
             writer.writerows(rows)
 
@@ -169,7 +174,7 @@ def _read_checkpoint(folder: Path) -> State:
         if about["sha256"] != sha256(parts["model"]):
             raise ValueError("another digest")
         memory = {int(client): frame.numpy().tobytes() for client, frame in parts["client"].items()}
-        return State(about["round"], parts["model"], parts["optim"], memory)
+        return State(about["round"], parts["model"], parts["optim"], memory, about.get("control", {}))
     except (OSError, ValueError, KeyError, TypeError, FedsplitError):
         raise FedsplitError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from None
 

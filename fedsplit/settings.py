@@ -124,6 +124,8 @@ class Body:
 
     edits: str = knob("", "pieces that change the backbone at build, in order (lora)")
     plans: str = knob("", "pieces that say which units run, combined by minimum; empty runs all")
+    scope: str = knob("body", "blocks that may be planned: the 'body', or 'all' of the model, the client's too", choices=("body", "all"))
+    cosine: bool = knob(False, "compare the gradient at the cut with the exact one, on one planned step of every client and round")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,13 @@ class Share:
     below_quorum: str = knob("repeat", "'repeat' the round with other clients or 'stop' the run, which can be resumed", choices=("repeat", "stop"))
     attempts: int = knob(3, "attempts at one round before the run stops", low=1)
     max_update_bytes: int = knob(0, "largest update accepted, in bytes; 0 is twice the honest size", low=0)
+
+
+@dataclass(frozen=True)
+class Control:
+    """Controllers that set keys anew every round."""
+
+    tune: str = knob("", "pieces that choose the values of other keys for the clients of a round")
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,7 @@ class Settings:
     body: Body = field(default_factory=Body)
     wire: Wire = field(default_factory=Wire)
     share: Share = field(default_factory=Share)
+    control: Control = field(default_factory=Control)
     devices: Devices = field(default_factory=Devices)
     eval: Eval = field(default_factory=Eval)
     engine: Engine = field(default_factory=Engine)

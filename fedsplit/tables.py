@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from fedsplit import runs
 from fedsplit.client import learning_rate
 from fedsplit.config import Config
+from fedsplit.control import CONTROLLERS, bandit
 from fedsplit.metrics.quality import Quality
 from fedsplit.round import Outcome
 from fedsplit.runs import RunFolder
@@ -70,6 +73,8 @@ def draw(folder: RunFolder) -> Path:
         axes.grid(alpha=0.3)
     path = folder.path / "accuracy.png"
     figure.savefig(path, dpi=150)
+    if choices := folder.rows("choices"):
+        bandit.draw(choices, folder.path / "choices.png")
     return path
 
 
@@ -98,6 +103,9 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
         },
         "client_flops": sum(report.client_flops for report in reports),
         "server_flops": sum(report.server_flops for report in reports),
+        "probe_steps": sum(report.probe_steps for report in reports),
+        "workload_variance": _mean([(report.workload_variance, 1) for report in reports]),
+        "gradient_cosine": _mean([(report.gradient_cosine, 1) for report in reports]),
         "learning_rate": learning_rate(built, outcome.state.round),
         "virtual_s": outcome.cost.seconds,
         "energy_j": outcome.cost.joules,
@@ -121,6 +129,27 @@ def class_rows(number: int, quality: Quality, classes: tuple[str, ...]) -> list[
         {"round": number, "class": name, "samples": int(total), "accuracy": float(right / total) if total else ""}
         for name, total, right in zip(classes, quality.class_samples, quality.class_correct, strict=True)
     ]
+
+
+def unit_rows(built: World, number: int, outcome: Outcome) -> list[dict[str, Any]]:
+    """Rows of units.csv: of all steps of a round, how many ran each unit in full, forward only, or not."""
+    if not built.config.names("body.plans"):
+        return []
+    ran: Counter[str] = Counter()
+    for update in outcome.updates:
+        ran.update(update.report.units)
+    steps = sum(update.report.steps for update in outcome.updates)
+    rows = []
+    for block, unit in product(range(built.cut.depth), range(built.plan_flops.units)):
+        full, forward = ran[f"{block}.{unit}.full"], ran[f"{block}.{unit}.forward"]
+        skip = steps - full - forward
+        rows.append({"round": number, "block": block, "unit": unit, "full": full, "forward": forward, "skip": skip})
+    return rows
+
+
+def choice_rows(number: int, control: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of choices.csv: what controllers chose in a round for each device group, and what it brought."""
+    return [row for name in CONTROLLERS for row in bandit.rows(control.get(name, {}), number)]
 
 
 def by_stream(outcome: Outcome) -> dict[str, int]:
@@ -160,6 +189,9 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "client_peak_bytes": report.client_peak_bytes,
         "server_peak_bytes": report.server_peak_bytes,
         "stored_bytes": report.stored_bytes,
+        "probe_steps": report.probe_steps,
+        "workload_variance": "" if report.workload_variance is None else report.workload_variance,
+        "gradient_cosine": "" if report.gradient_cosine is None else report.gradient_cosine,
         "virtual_s": seconds,
         "energy_j": joules,
         "wall_s": round(report.wall_s, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +20,9 @@ from fedsplit.front import models, trainable
 from fedsplit.front.cache import FrontCache
 from fedsplit.front.vit import Part, Parts, Reads, Start, can_pool_early, opening, shortcut, split
 from fedsplit.metrics.flops import StepFlops, step_flops
+from fedsplit.metrics.plan_flops import PlanFlops
 from fedsplit.rng import key
-from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Tensors
+from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Job, Tensors
 from fedsplit.wire.link import Codecs
 
 DEFAULT_DEVICES = 10
@@ -37,7 +39,7 @@ class World:
     personalised accuracy. `client` and `server` are the trained parameters by name, by side;
     `initial` are their values as created, which training in this process does not touch. `short` is
     the tail that reads the front's own tokens, `open` the tokens of the front's output that wait for a
-    gradient, `cache` the outputs of a frozen front, if it is one.
+    gradient, `cache` the outputs of a frozen front, if it is one; `plan_flops` counts what plans leave out.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class World:
     initial: Tensors
     codecs: Codecs
     flops: StepFlops
+    plan_flops: PlanFlops
 
     @property
     def look(self) -> dict[str, Any]:
@@ -164,6 +167,7 @@ def _build(config: Config, hollow: bool) -> World:
         initial={} if hollow else values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
         flops=step_flops(backbone.vit, cut, backbone.image_size, pool, reads, start),
+        plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape),
     )
 
 
@@ -221,10 +225,22 @@ def kept_until(config: Config, front: Part, trains: trainable.TrainSet) -> Start
     """How far a front output can be kept: to the cut, to the prompts before it where only they train, or not at all."""
     if not config.front.cache or config.data.augment != "none" or config.front.penalties:
         return "images"
+    if config.names("body.plans") and config.body.scope == "all" and front.numbers:
+        return "images"
     if not trains.front and not front.random:
         return "cut"
     only_prompts = opening(front, trains.front) != slice(None)
     return "prompts" if only_prompts and not front.random_but_prompts else "images"
+
+
+def planned_blocks(config: Config, cut: Cut) -> tuple[int, ...]:
+    """Global numbers of the blocks that `body.plans` may plan, by `body.scope`."""
+    return tuple(cut.body if config.body.scope == "body" else range(cut.depth))
+
+
+def steered(config: Config, job: Job) -> Config:
+    """`config` with the keys that the controllers chose for the client of `job` and its round."""
+    return resolve({**config.values, **json.loads(job.choices)}) if job.choices else config
 
 
 def by_side(config: Config, parts: Parts) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from fedsplit.front.vit import Part
 from fedsplit.metrics.memory import Meter
 from fedsplit.optim import PartOptimizer
-from fedsplit.step import Plan
+from fedsplit.step import score
 from fedsplit.tail.losses import cross_entropy
+from fedsplit.types import ORDINARY, Order, Tensors
 from fedsplit.wire.link import Link
 
 
@@ -20,7 +22,8 @@ class LocalBody:
     """Body (and, when vanilla, tail) with its optimiser and its end of the wire.
 
     `trains` says whether a parameter here trains, `client_trains` whether the client's front waits
-    for a gradient, and `open` which of its tokens do; with neither, no graph is kept.
+    for a gradient, and `open` which of its tokens do; with neither, no graph is kept. `metrics` score the
+    units of a probed step.
     """
 
     body: Part
@@ -30,15 +33,17 @@ class LocalBody:
     trains: bool
     client_trains: bool
     open: slice = field(default_factory=lambda: slice(None))
+    metrics: Sequence[str] = ()
     meter: Meter = field(default_factory=Meter)
+    _order: Order = field(default=ORDINARY, repr=False)
     _u: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _v: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
-    def forward(self, activations: bytes, noise: int, plan: Plan | None) -> bytes:
+    def forward(self, activations: bytes, noise: int) -> bytes:
         """Activations (B, N, C) through the body; the graph stays here until `backward`."""
         self._u = self._receive(activations)["x"]
         with torch.set_grad_enabled(self.trains or self.client_trains), self.meter:
-            self._v = self.body(self._u, noise, plan)
+            self._v = self.body(self._u, noise, self._order.plan)
         return self.link.encode("activations-down", {"x": self._v})
 
     def backward(self, gradients: bytes) -> bytes:
@@ -49,14 +54,15 @@ class LocalBody:
             torch.autograd.backward([self._v], [gradient])
         return self._finish()
 
-    def learn(self, activations: bytes, noise: int, plan: Plan | None) -> tuple[bytes, float]:
+    def learn(self, activations: bytes, noise: int) -> tuple[bytes, float]:
         """Vanilla split: forward, loss and backward in one exchange."""
         assert self.tail is not None
         self.optimizer.zero_grad()
         received = self._receive(activations)
         self._u = received["x"]
         with torch.set_grad_enabled(True), self.meter:
-            loss = cross_entropy(self.tail(self.body(self._u, noise, plan), noise), received["labels"])
+            tokens = self.body(self._u, noise, self._order.plan)
+            loss = cross_entropy(self.tail(tokens, noise, self._order.plan), received["labels"])
         if loss.requires_grad:
             loss.backward()
         return self._finish(), loss.item()
@@ -65,12 +71,21 @@ class LocalBody:
         device = next((p.device for p in self.body.parameters()), torch.device("cpu"))
         if self.tail is not None:
             device = next(self.tail.parameters()).device
-        received = {name: x.to(device) for name, x in self.link.decode("activations-up", frame).items()}
+        decoded = self.link.decode("activations-up", frame)
+        self._order = Order.read(decoded)
+        received: Tensors = {name: decoded[name].to(device) for name in ("x", "labels") if name in decoded}
         received["x"].requires_grad_(self.client_trains)
         return received
 
     def _finish(self) -> bytes:
-        self.optimizer.step()
-        if not self.client_trains or self._u.grad is None:
-            return b""
-        return self.link.encode("gradients-down", {"x": self._u.grad[:, self.open]})
+        parts = [part for part in (self.body, self.tail) if part is not None]
+        found = {}
+        if self._order.probe:
+            scores = score(parts, self._order, self.metrics)
+            found = {f"score.{metric}": values for metric, values in scores.items()}
+        plan = self._order.plan
+        idle = {name: place for part in parts for name, place in part.idle(plan).items()} if plan else {}
+        self.optimizer.step(idle)
+        if self.client_trains and self._u.grad is not None:
+            found["x"] = self._u.grad[:, self.open]
+        return self.link.encode("gradients-down", found) if found else b""

@@ -15,8 +15,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fedsplit.body.ops import execute, idle
+from fedsplit.body.scores import contributions
 from fedsplit.rng import key
-from fedsplit.types import Cut, Op
+from fedsplit.types import Cut, Plan, Tensors
 
 EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 HEAD = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist", "local_head")
@@ -56,9 +58,7 @@ class Part(nn.Module):
             _is_random(module) for name, module in self._shell.named_modules() if "prompt" not in name
         )
 
-    def forward(
-        self, x: Tensor, noise: int | None = None, ops: Sequence[Op] | None = None, start: Start = "images"
-    ) -> Tensor:
+    def forward(self, x: Tensor, noise: int | None = None, plan: Plan | None = None, start: Start = "images") -> Tensor:
         """Run the part.
 
         Every address draws its dropout from its own stream, so the draws do not depend on where
@@ -67,14 +67,14 @@ class Part(nn.Module):
         Args:
             x: images or tokens, see the class.
             noise: this step's random stream; None leaves torch's own generator alone.
-            ops: one `Op` per block of this part; None runs all of them in full.
+            plan: what every block of the whole model does; None runs all of them in full.
             start: how far `x` has come already, in a part that embeds: "prompts" is what `begin` gave,
                 "cut" this part's output.
         """
         if start == "cut":
             return x
         if start == "images":
-            x = self.begin(x, noise, ops)
+            x = self.begin(x, noise, plan)
         else:
             self._seed(noise, self.numbers[-1] if self.numbers else "embedding")
         prompt = self.last_prompt[1]
@@ -86,16 +86,36 @@ class Part(nn.Module):
             x = self._classify(x)
         return x
 
-    def begin(self, x: Tensor, noise: int | None = None, ops: Sequence[Op] | None = None) -> Tensor:
+    def begin(self, x: Tensor, noise: int | None = None, plan: Plan | None = None) -> Tensor:
         """Tokens (B, N, C) before this part's last prompts, pooling and classifier."""
         if self.embeds:
             x = self.embed(x, noise)
             x = _prompted(self._shell.norm_pre, "prompt", x) if self.numbers else x
-        for place, number in enumerate(self.numbers):
+        for number in self.numbers:
             self._seed(noise, number)
-            block = cast(Any, self._shell).blocks[str(number)]
-            x = run_block(block, x, Op.FULL if ops is None else ops[place])
+            x = run_block(self.block(number), x, plan, number)
         return x
+
+    def block(self, number: int) -> nn.Module:
+        """The block of this global number."""
+        return cast(nn.Module, cast(Any, self._shell).blocks[str(number)])
+
+    def idle(self, plan: Plan) -> dict[str, tuple[int, Tensor]]:
+        """What an optimiser must not move after `plan`: by parameter name, a dimension and positions along it."""
+        return {
+            f"blocks.{number}.{name}": place
+            for number in self.numbers
+            for name, place in idle(self.block(number), plan.ops[number]).items()
+        }
+
+    def contributions(self, metrics: Sequence[str], depth: int, units: int) -> Tensors:
+        """By metric what each unit's weights and gradients say of it, (L, U) of the whole model, 0 elsewhere."""
+        scores = {metric: torch.zeros(depth, units) for metric in metrics}
+        for number in self.numbers:
+            found = contributions(self.block(number))
+            for metric in metrics:
+                scores[metric][number] = found[metric].cpu()
+        return scores
 
     @property
     def last_prompt(self) -> tuple[str, Any]:
@@ -214,19 +234,12 @@ def opening(front: Part, trained: Sequence[str]) -> slice:
     return slice(prompt.prefix, prompt.prefix + prompt.adds)
 
 
-def run_block(block: nn.Module, x: Tensor, op: Op) -> Tensor:
-    """One block, (B, N, C) to (B, N, C): FULL, FORWARD with its branches cut off from autograd, or SKIP.
-
-    Prompts that sit before the block go in whatever the op is.
-    """
+def run_block(block: nn.Module, x: Tensor, plan: Plan | None, number: int) -> Tensor:
+    """Block `number`, (B, N, C) to (B, N, C), by `plan`; prompts that sit before it go in whatever it does."""
     x = _prompted(block, "prompt_before", x)
-    if op is Op.FULL:
-        x = block.forward(x)  # past the hooks, which put the prompts in where timm runs the block
-    elif op is Op.FORWARD:
-        with torch.no_grad():
-            branch: Tensor = block.forward(x) - x
-        x = x + branch
-    return x
+    if plan is None:
+        return execute(block, x, None)
+    return execute(block, x, plan.ops[number], plan.scale[number] if plan.scale else 1.0)
 
 
 def _prompted(owner: Any, place: str, x: Tensor) -> Tensor:

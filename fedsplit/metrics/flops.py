@@ -53,12 +53,8 @@ def step_flops(
     Attention is counted as its two matrix products, whichever kernel runs; recomputation inside
     fused kernels is not counted.
     """
-    ghost = copy.deepcopy(vit).to("meta")
-    for module in ghost.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # type: ignore[assignment]
+    ghost = counting_copy(vit)
     parts = split(ghost, cut, pool)
-    parts.train()
     x = torch.empty(1, 3, image_size, image_size, device="meta")
     front_trains = any(p.requires_grad for p in parts.front.named().values())
     body_trains = any(p.requires_grad for p in parts.body.named().values())
@@ -67,7 +63,7 @@ def step_flops(
     def run(name: str, part: Part, x: Tensor, train: bool) -> Tensor:
         out: Tensor
         with torch.set_grad_enabled(train):
-            out, forward[name] = _count(lambda: part(x))
+            out, forward[name] = count(lambda: part(x))
         return out
 
     h = run("front", parts.front, x, front_trains)
@@ -86,17 +82,28 @@ def step_flops(
         tail,
         local=front + forward["short"] + back["short"],
         score=forward["front"] + forward["short"],
-        kept=_count(lambda: parts.front.begin(x))[1] if kept is None else kept,
+        kept=count(lambda: parts.front.begin(x))[1] if kept is None else kept,
     )
 
 
 def _backward(out: Tensor) -> int:
     if not out.requires_grad:
         return 0
-    return _count(lambda: torch.autograd.backward([out], [torch.empty_like(out)]))[1]
+    return count(lambda: torch.autograd.backward([out], [torch.empty_like(out)]))[1]
 
 
-def _count(work: Callable[[], T]) -> tuple[T, int]:
+def counting_copy(vit: nn.Module) -> nn.Module:
+    """A copy of `vit` without data whose attention is two matrix products, in training mode."""
+    ghost = copy.deepcopy(vit).to("meta")
+    for module in ghost.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+    ghost.train()
+    return ghost
+
+
+def count(work: Callable[[], T]) -> tuple[T, int]:
+    """What `work` returns, and the FLOPs that it took."""
     with FlopCounterMode(display=False) as counter:
         result = work()
     return result, int(counter.get_total_flops())

@@ -16,24 +16,31 @@ from torch import Tensor, nn
 class Meter:
     """Bytes that autograd keeps for the forward code inside, each storage once, summed over uses.
 
-    Parameters passed to `ignore` are not counted: they are weights. Close it after a step, since the
-    hooks cost time, and what the next step keeps is not kept beside it.
+    Parameters passed to `ignore` are not counted: they are weights. What the next step keeps is not kept
+    beside it: `turn` between steps, and of all the largest counts; or `close` after one, if all are alike,
+    since the hooks cost time.
     """
 
     def __init__(self) -> None:
         self._open = True
+        self._most = 0
         self._ignored: set[int] = set()
         self._seen: dict[int, int] = {}
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
     @property
     def saved_bytes(self) -> int:
-        """What was kept, in bytes."""
-        return sum(self._seen.values())
+        """What was kept, in bytes; of several steps the most."""
+        return max(self._most, sum(self._seen.values()))
 
     def ignore(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do not count these tensors."""
         self._ignored |= {_address(parameter) for parameter in parameters}
+
+    def turn(self) -> None:
+        """The next step begins."""
+        self._most = self.saved_bytes
+        self._seen.clear()
 
     def close(self) -> None:
         """Measure no more."""

@@ -15,7 +15,7 @@ from fedsplit.front import models
 from fedsplit.front.prompts import Prompts
 from fedsplit.front.vit import split
 from fedsplit.settings import Model
-from fedsplit.types import Cut, FedsplitError, Op, Scalar, Update
+from fedsplit.types import Cut, FedsplitError, Op, Plan, Scalar, Update
 from fedsplit.world import world
 
 ON: dict[str, Scalar] = {"front__edits": "prompts", "front__prompts__count": 3, "front__prompts__dropout": 0.2}
@@ -184,8 +184,8 @@ def test_a_skipped_block_with_deep_prompts_is_an_absent_one(number: int) -> None
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens = parts.front(x)
-        skipped = parts.body(tokens, None, [Op.SKIP if i == number else Op.FULL for i in range(8)])
-        forward = parts.body(tokens, None, [Op.FORWARD if i == number else Op.FULL for i in range(8)])
+        skipped = parts.body(tokens, None, Plan(tuple((Op.SKIP if i == number else Op.FULL,) for i in range(8))))
+        forward = parts.body(tokens, None, Plan(tuple((Op.FORWARD if i == number else Op.FULL,) for i in range(8))))
         full = parts.body(tokens)
         del vit.blocks[number]
         without = vit.blocks(tokens)
@@ -198,7 +198,8 @@ def test_prompts_go_in_around_a_skipped_block(side: str) -> None:
     parts = split(prompted(Prompts(count=4, at="cut", side=side), Cut(2, 0, 8)), Cut(2, 0, 8))
     assert parts.front.prefix == (4 if side == "client" else 0) and parts.body.prefix == parts.tail.prefix == 4
     x = torch.randn(2, 3, 32, 32)
-    assert parts.body(parts.front(x, ops=[Op.SKIP] * 2), ops=[Op.SKIP] * 6).shape == (2, 68, 96)
+    skip = Plan(((Op.SKIP,),) * 8)
+    assert parts.body(parts.front(x, plan=skip), plan=skip).shape == (2, 68, 96)
 
 
 def test_average_pooling_leaves_the_prompts_out() -> None:

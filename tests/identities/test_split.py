@@ -12,7 +12,7 @@ from small import job_of, model, small, tensors_of, unsplit
 from fedsplit.client import client_round
 from fedsplit.config import Config
 from fedsplit.front.trainable import WORDS
-from fedsplit.types import Op, Scalar
+from fedsplit.types import Op, Plan, Scalar
 from fedsplit.world import world
 
 NOISY: dict[str, Scalar] = {"model__dropout": 0.1, "model__drop_path": 0.2, "cut__shape": "u-shape"}
@@ -113,10 +113,9 @@ def test_skipped_and_forward_blocks() -> None:
     built = world(small())
     body = built.parts.body
     x = torch.randn(2, 64, 96, requires_grad=True)
-    numbers = range(len(body.numbers))
-    assert torch.equal(body(x, None, [Op.FULL for _ in numbers]), body(x))
-    assert torch.equal(body(x, None, [Op.SKIP for _ in numbers]), x)
-    out = body(x, None, [Op.FORWARD for _ in numbers])
+    assert torch.equal(body(x, None, Plan(((Op.FULL,),) * 8)), body(x))
+    assert torch.equal(body(x, None, Plan(((Op.SKIP,),) * 8)), x)
+    out = body(x, None, Plan(((Op.FORWARD,),) * 8))
     assert torch.allclose(out, body(x), atol=1e-5)
     out.sum().backward()
     assert all(p.grad is None for p in body.named().values())
