@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from fedsplit import personal
 from fedsplit.body.planner import Planner
 from fedsplit.body.service import LocalBody
 from fedsplit.body.tally import Tally
 from fedsplit.data.batches import batches
 from fedsplit.local import Alone, work_alone
 from fedsplit.metrics.memory import weight_bytes
-from fedsplit.metrics.quality import evaluate
-from fedsplit.optim import PartOptimizer
+from fedsplit.optim import PartOptimizer, Watch
 from fedsplit.samples import Stock
 from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Job, Order, Report, Tensors, Update
@@ -33,27 +33,38 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     """
     start = time.perf_counter()
     link = Link(world.codecs, job.round, job.client)
-    world.load(link.decode("parameters-down", job.down))
-    report, server, own = work(world, job, link, tap)
-    up = link.encode("parameters-up", values_of(world.client))
+    personal.receive(world, link.decode("parameters-down", job.down), job.memory)
+    seen = personal.watches(world)
+    report, moments, memory = work(world, job, link, tap, seen)
+    shared, own = _divided(world, world.client, seen[0])
+    up = link.encode("parameters-up", shared)
+    memory |= {f"{personal.OWN}{name}": value for name, value in own.items()}
+    server, notes = _divided(world, world.server, seen[1])
     report = replace(report, bytes=dict(link.sizes), messages=link.messages, wall_s=time.perf_counter() - start)
-    return Update(job.client, len(world.shards[job.client]), up, pack(values_of(world.server) | server), report, own)
+    samples = len(world.shards[job.client])
+    return Update(job.client, samples, up, pack(server | moments), report, pack(memory), pack(notes))
 
 
 def work(
-    world: World, job: Job, link: Link, tap: Tap | None = None, order: Order | None = None
-) -> tuple[Report, Tensors, bytes]:
+    world: World,
+    job: Job,
+    link: Link,
+    tap: Tap | None = None,
+    watches: Sequence[Watch | None] = (None, None),
+    order: Order | None = None,
+) -> tuple[Report, Tensors, Tensors]:
     """A client's round from what it received to what it sends back, over `link`.
 
-    Every step is taken by `order`, if there is one, and else by the plans of the config.
+    `watches` see what the optimisers of the client and of the server are given. Every step is taken by
+    `order`, if there is one, and else by the plans of the config.
 
     Returns:
         Its figures, the moments of the server's optimiser, and what the client writes down for itself.
     """
     settings = world.config
     lr = learning_rate(world, job.round)
-    body = _body(world, job, lr, tap)
-    client = _client(world, link, lr)
+    body = _body(world, job, lr, tap, watches[1])
+    client = _client(world, link, lr, watches[0])
     memory = unpack(job.memory)
     stock = Stock(world, job, memory)
     alone = work_alone(world, job, client, stock, lr, memory)
@@ -88,7 +99,19 @@ def work(
         scored_samples=alone.scored,
         computed_samples=stock.computed,
     )
-    return report, _server_moments(world, body.optimizer), pack({**alone.memory, **stock.memory(), **planner.memory()})
+    return report, _server_moments(world, body.optimizer), {**alone.memory, **stock.memory(), **planner.memory()}
+
+
+def _divided(
+    world: World, parameters: Mapping[str, torch.nn.Parameter], seen: personal.Importance | None
+) -> tuple[Tensors, Tensors]:
+    """The values of one side's parameters: those shared, and those that stay the client's own."""
+    own = personal.withheld(world, parameters, seen)
+    values = values_of(parameters)
+    return (
+        {name: value for name, value in values.items() if name not in own},
+        {name: value for name, value in values.items() if name in own},
+    )
 
 
 def learning_rate(world: World, number: int) -> float:
@@ -106,13 +129,13 @@ def client_share(world: World) -> tuple[int, int]:
     return client, flops.total - client
 
 
-def _client(world: World, link: Link, lr: float) -> Client:
+def _client(world: World, link: Link, lr: float, watch: Watch | None) -> Client:
     settings = world.config
     client = Client(
         front=world.parts.front,
         tail=world.parts.tail,
         link=link,
-        optimizer=PartOptimizer(world.client, settings.optimizer, lr, settings.pieces("share.proximal")),
+        optimizer=PartOptimizer(world.client, settings.optimizer, lr, settings.pieces("share.proximal"), watch),
         front_trains=bool(world.trains.front),
         body_trains=bool(world.trains.body),
         penalties=settings.pieces("front.penalties"),
@@ -123,11 +146,11 @@ def _client(world: World, link: Link, lr: float) -> Client:
     return client
 
 
-def _body(world: World, job: Job, lr: float, tap: Tap | None) -> LocalBody:
+def _body(world: World, job: Job, lr: float, tap: Tap | None, watch: Watch | None) -> LocalBody:
     settings = world.config
     state = unpack(job.server)
-    world.load({name: value for name, value in state.items() if "|" not in name})
-    optimizer = PartOptimizer(world.server, settings.optimizer, lr, settings.pieces("share.proximal"))
+    world.load({name: value for name, value in state.items() if "|" not in name} | personal.own_at_server(job.notes))
+    optimizer = PartOptimizer(world.server, settings.optimizer, lr, settings.pieces("share.proximal"), watch)
     optimizer.load({name: value for name, value in state.items() if "|" in name})
     vanilla = settings.cut.shape == "vanilla"
     body = LocalBody(
@@ -185,7 +208,7 @@ def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int
         + min(stock.stored_bytes, world.config.front.cache_memory_bytes),
         server_peak_bytes=_weights([body.body, *tails]) + body.optimizer.state_bytes() + body.meter.saved_bytes,
         stored_bytes=stock.stored_bytes,
-        personal_accuracy=_personal(world, job.client) if tested else None,
+        personal_accuracy=personal.accuracy(world, job.client) if tested else None,
         personal_samples=tested,
     )
 
@@ -193,18 +216,6 @@ def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int
 def _server_moments(world: World, optimizer: PartOptimizer) -> Tensors:
     keeps = world.config.server.schedule != "splitfed-v1" and world.config.server.optimizer != "step"
     return optimizer.state() if keeps else {}
-
-
-def _personal(world: World, client: int) -> float:
-    quality = evaluate(
-        world.parts,
-        world.data.train,
-        world.held_out[client],
-        len(world.data.classes),
-        batch_size=world.config.eval.batch_size,
-        **world.look,
-    )
-    return quality.accuracy
 
 
 def _weights(parts: Sequence[torch.nn.Module]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedsplit import local
+from fedsplit import local, personal
 from fedsplit.body import planner
 from fedsplit.client import plan_batches
 from fedsplit.config import Config
@@ -64,12 +64,29 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         state = loop.round(state)
         if state.round % config.engine.checkpoint_every == 0 or state.round == config.rounds:
             folder.save(state)
+    if config.eval.per_client:
+        folder.table("personal", own_models(built, state, folder.rows("clients")))
     built.load(state.model)
     summary = summarise(config, built, folder)
     folder.finish(summary, built.model_state())
     draw(folder)
     progress.end(summary, folder)
     return folder.path
+
+
+def own_models(built: World, state: State, clients: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """A row per device: its own model, what all share with what it kept to itself, on its held-out samples.
+
+    A device that never took part has the global model. `clients` are the rows of clients.csv.
+    """
+    rows: list[dict[str, Any]] = []
+    for client, held_out in enumerate(built.held_out):
+        rounds = sum(row["client"] == str(client) and not row["failure"] for row in clients)
+        own = personal.own(state.memory.get(client, b"")) | personal.own_at_server(state.notes.get(client, b""))
+        built.load(state.model | own)
+        tested = personal.accuracy(built, client) if len(held_out) else ""
+        rows.append({"client": client, "rounds": rounds, "samples": len(held_out), "accuracy": tested})
+    return rows
 
 
 def start(built: World) -> State:
@@ -82,8 +99,9 @@ def check(config: Config, built: World) -> None:
 
     Raises:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
-            are, a fault that can never happen, a client that cannot work alone as it is asked to, a plan
-            that cannot be had, or a controller without what it learns from.
+            are, a fault that can never happen, a client that cannot work alone as it is asked to, or that
+            should keep parameters of its own where all take turns at one model, a plan that cannot be had,
+            or a controller without what it learns from.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -98,6 +116,7 @@ def check(config: Config, built: World) -> None:
                 f"clients are 0 to {devices - 1}, rounds 1 to {config.rounds}."
             )
     local.check(built)
+    personal.check(built)
     largest = max(built.shards, key=len)
     sizes = [len(indices) for indices, _ in plan_batches(built, Job(0, 1, 0, b"", b""), largest)]
     planner.check(built, sizes)

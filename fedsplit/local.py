@@ -42,7 +42,8 @@ def work_alone(world: World, job: Job, client: Client, stock: Stock, lr: float, 
     phases = world.config.pieces("local.phases")
     settings = world.config.optimizer
     pulls = world.config.pieces("share.proximal")
-    optimizers = [PartOptimizer(world.client, settings, lr * phase.rate, pulls) for phase in phases]
+    watch = client.optimizer.watch
+    optimizers = [PartOptimizer(world.client, settings, lr * phase.rate, pulls, watch) for phase in phases]
     left = sum(phase.epochs for phase in phases)
     for name, phase, optimizer in zip(world.config.names("local.phases"), phases, optimizers, strict=True):
         solo = replace(client, tail=world.short, optimizer=optimizer, criterion=phase.loss, memory={}, meter=Meter())

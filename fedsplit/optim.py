@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,26 @@ from torch import Tensor, nn
 from fedsplit.settings import Optimizer
 from fedsplit.types import Tensors
 
+Watch = Callable[[Mapping[str, nn.Parameter]], None]
+
 
 class PartOptimizer:
     """An optimiser over named parameters, whose state can be taken out and put back as tensors.
 
     `pulls` are proximal pieces: each adds `pull(parameter, anchor)` to a gradient, where the anchor is
-    the parameter as the round began.
+    the parameter as the round began. `watch` sees the parameters right before each step, with the
+    gradients of the loss alone.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], settings: Optimizer, lr: float, pulls: Sequence[Any] = ()
+        self,
+        named: Mapping[str, nn.Parameter],
+        settings: Optimizer,
+        lr: float,
+        pulls: Sequence[Any] = (),
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.named = dict(named)
         self.pulls = tuple(pulls)
         self.anchors = {name: p.detach().clone() for name, p in self.named.items()} if pulls else {}
@@ -40,6 +49,8 @@ class PartOptimizer:
         """
         if self._inner is None:
             return
+        if self.watch is not None:
+            self.watch(self.named)
         for name, anchor in self.anchors.items():
             parameter = self.named[name]
             if parameter.grad is not None:

@@ -33,6 +33,7 @@ PLACES: tuple[Place, ...] = (
     Place("body.plans", "body", body.PLANS),
     Place("share.merge", "share", share.MERGES, single=True),
     Place("share.proximal", "share", share.PROXIMAL),
+    Place("share.partial", "share", share.PARTIAL),
     Place("control.tune", "control", control.CONTROLLERS),
     Place("optimizer.schedule", "control", control.SCHEDULES, single=True),
 )

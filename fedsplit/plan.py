@@ -25,15 +25,17 @@ from fedsplit.experiment import check
 from fedsplit.front.vit import can_pool_early
 from fedsplit.hollow import Hollow, HollowCache, frame_bytes
 from fedsplit.local import Choice
+from fedsplit.personal import foreseen, withheld
 from fedsplit.round import sample
 from fedsplit.samples import Stock
-from fedsplit.types import ORDINARY, STREAMS, FedsplitError, Job, Op, Order, Report, Tensors
+from fedsplit.types import ORDINARY, STREAMS, FedsplitError, Job, Op, Order, Report, Stream, Tensors
 from fedsplit.wire.link import Link
 from fedsplit.world import Indices, World, ghost
 
 FIRST = Job(0, 1, 0, b"", b"")
 # Steps of a round that are taken on shapes for the peaks of plans that change from step to step.
 MOST_STEPS = 16
+PARAMETERS: tuple[Stream, Stream] = ("parameters-up", "parameters-down")
 SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_samples", "messages")
 
 
@@ -166,11 +168,18 @@ class _Book:
         self.world = world
         self.pieces = dict(zip(world.config.names("data.select"), world.config.pieces("data.select"), strict=True))
         self.epochs = sum(phase.epochs for phase in world.config.pieces("local.phases"))
+        own, (up, down) = withheld(world, world.client), PARAMETERS
+        whole: Tensors = dict(world.client)
+        shared = {name: value for name, value in whole.items() if name not in own}
+        # Of each stream, the bytes of a client's first round and of its later ones.
         self.parameters = {
-            stream: frame_bytes(world.codecs, stream, dict(world.client))
-            for stream in ("parameters-up", "parameters-down")
+            up: (frame_bytes(world.codecs, up, shared),) * 2,
+            down: (frame_bytes(world.codecs, down, whole), frame_bytes(world.codecs, down, shared)),
         }
         self.estimated: set[str] = set()
+        if not foreseen(world):
+            self.estimated.add("bytes of parameters: gradients decide which blocks a client shares")
+        self._met: set[int] = set()
         self.local = self.seen = self.stored = 0
         self._largest = self._longest = self._load = 0
         self._busiest: Job | None = None
@@ -194,7 +203,9 @@ class _Book:
             self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
         self.seen += seen
         self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
-        sent: Counter[str] = Counter(self.parameters)
+        again = client in self._met
+        self._met.add(client)
+        sent: Counter[str] = Counter({name: once[again] for name, once in self.parameters.items()})
         messages = 2
         for (size, order), steps in sizes.items():
             one = self._step(size, order)

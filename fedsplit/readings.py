@@ -29,7 +29,10 @@ POOLS = {
     "tail": ("pooled at the body", "body", "cut.pool=body: down come, and up go back, only what the classifier reads"),
     "body": ("pooled at the tail", "tail", "cut.pool=tail: all tokens come down, and their gradients go back up"),
 }
-OFF = ("data.select", "local.phases", "front.edits", "front.penalties", "body.edits", "body.plans", "share.proximal")
+OFF = (
+    *("data.select", "local.phases", "front.edits", "front.penalties", "body.edits", "body.plans"),
+    *("share.proximal", "share.partial"),
+)
 
 
 @dataclass(frozen=True)

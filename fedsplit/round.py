@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedsplit import personal
 from fedsplit.control.steer import propose
 from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.rng import numpy_rng
@@ -33,16 +34,18 @@ Listener = Callable[[Update | Failure], None]
 
 @dataclass(frozen=True)
 class State:
-    """What outlives a round: all trained parameters, a shared optimiser's state, the clients' own memory.
+    """What outlives a round: trained parameters, a shared optimiser's state, the clients' own memory, notes on them.
 
     `memory` is at the server in a simulation only; it is empty for a client that has nothing to remember.
-    `control` is what the controllers remember, by name: plain JSON.
+    `notes` say what a client kept to itself in its last update (`fedsplit.personal`), `control` is what the
+    controllers remember, by name: plain JSON.
     """
 
     round: int
     model: Tensors
     optimizer: Tensors = field(default_factory=dict)
     memory: Mapping[int, bytes] = field(default_factory=dict)
+    notes: Mapping[int, bytes] = field(default_factory=dict)
     control: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -89,42 +92,48 @@ class _Desk:
     def __init__(self, world: World, state: State, number: int, attempt: int, heard: Listener) -> None:
         self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
-        self.memory = state.memory
+        self.memory, self.notes = dict(state.memory), dict(state.notes)
         self.choices, self.control = propose(world, state.control, number)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
         self.updates: dict[int, Update] = {}
         self.tensors: dict[int, Tensors] = {}
+        self.fresh_notes: dict[int, bytes] = {}
         self.failures: list[Failure] = []
 
     def jobs(self, clients: Sequence[int]) -> list[Job]:
         """One job per client, from the model as it stands now."""
         client = {name: self.model[name] for name in self.world.client}
         server = pack({name: self.model[name] for name in self.world.server} | self.optimizer)
-        frames: dict[int, bytes] = {}
+        frames: dict[Any, bytes] = {}
         same = not self.world.codecs["parameters-down"]  # a codec may treat clients differently
+        jobs = []
         for number in clients:
-            if same and frames:
-                frames[number] = next(iter(frames.values()))
-            else:
-                frames[number] = Link(self.world.codecs, self.number, number).encode("parameters-down", client)
-        return [self._job(number, frames[number], server) for number in clients]
+            own = personal.away(self.notes.get(number, b""))
+            slot = own if same else number
+            if slot not in frames:
+                down = {name: value for name, value in client.items() if name not in own}
+                frames[slot] = Link(self.world.codecs, self.number, number).encode("parameters-down", down)
+            jobs.append(self._job(number, frames[slot], server))
+        return jobs
 
     def _job(self, client: int, down: bytes, server: bytes) -> Job:
-        memory, choices = self.memory.get(client, b""), self.choices.get(client, "")
-        return Job(client, self.number, self.attempt, down, server, memory, choices)
+        memory, notes = self.memory.get(client, b""), self.notes.get(client, b"")
+        return Job(client, self.number, self.attempt, down, server, memory, notes, self.choices.get(client, ""))
 
     def take(self, results: Iterator[Update | Failure]) -> None:
         """Let in what passes the gate."""
         client = {name: self.model[name] for name in self.world.client}
         server = {name: self.model[name] for name in self.world.server}
+        may_lack = personal.may_withhold(self.world)
         limit = self.world.config.share.max_update_bytes or 2 * len(pack(client)) + 65536
         for result in results:
             if isinstance(result, Update):
                 try:
                     link = Link(self.world.codecs, self.number, result.client)
-                    up, state = admit(result, link, client, server, limit)
+                    up, state, own = admit(result, link, client, server, limit, may_lack)
                     self.updates[result.client], self.tensors[result.client] = result, {**up, **state}
+                    self.fresh_notes[result.client] = personal.write_notes(own, set(client) - set(up))
                 except Refused as reason:
                     result = Failure(result.client, str(reason))
             if isinstance(result, Failure):
@@ -150,8 +159,13 @@ class _Desk:
             merge = self.world.config.piece("share.merge").merge
             model = {**model, **merge(averaged, [self.tensors[client] for client in ids], weights)}
         kept = self.optimizer if self.world.config.server.optimizer == "keep" and not parallel else {}
-        fresh = {client: update.memory for client, update in self.updates.items() if update.memory}
-        return State(self.number, model, kept, {**self.memory, **fresh}, self.control)
+        memory = {**self.memory, **{client: update.memory for client, update in self.updates.items()}}
+        notes = {**self.notes, **self.fresh_notes}
+        return State(self.number, model, kept, _written(memory), _written(notes), self.control)
+
+
+def _written(frames: Mapping[int, bytes]) -> dict[int, bytes]:
+    return {client: frame for client, frame in frames.items() if frame}
 
 
 def sample(world: World, number: int, attempt: int) -> list[int]:

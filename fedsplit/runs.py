@@ -5,6 +5,7 @@ rounds.csv         a row a round          clients.csv   a row a client and round
 ledger.csv         bytes by stream        classes.csv   accuracy by class
 units.csv          how often units of the model ran, where body.plans leaves some out
 choices.csv        what controllers chose a round, and what it brought
+personal.csv       a row a device: its own model at the end (with eval.per-client)
 summary.json       the figures            model.safetensors
 checkpoint/        the state after the last rounds
 """
@@ -93,6 +94,7 @@ class RunFolder:
             {f"model|{k}": v for k, v in state.model.items()}
             | {f"optim|{k}": v for k, v in state.optimizer.items()}
             | {f"client|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.memory.items()}
+            | {f"notes|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.notes.items()}
         )
         about = {"round": state.round, "sha256": sha256(state.model), "control": dict(state.control)}
         _durable(scratch / "state.safetensors", frame)
@@ -131,6 +133,14 @@ class RunFolder:
                 writer.writeheader()
             writer.writerows(rows)
 
+    def table(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `<table>.csv` anew, with these rows alone."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write(self.path / f"{table}.csv", text.getvalue())
+
     def rows(self, table: str) -> list[dict[str, str]]:
         """The rows of `<table>.csv`, as text; none if there is no such file."""
         file = self.path / f"{table}.csv"
@@ -156,25 +166,24 @@ class RunFolder:
         if file.exists() and not rows:
             file.unlink()
         elif rows:
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-            write(file, text.getvalue())
+            self.table(table, rows)
 
 
 def _read_checkpoint(folder: Path) -> State:
     try:
         tensors = unpack((folder / "state.safetensors").read_bytes())
         about = json.loads((folder / "round.json").read_text())
-        parts: dict[str, Tensors] = {"model": {}, "optim": {}, "client": {}}
+        parts: dict[str, Tensors] = {"model": {}, "optim": {}, "client": {}, "notes": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition("|")
             parts[part][rest] = value
         if about["sha256"] != sha256(parts["model"]):
             raise ValueError("another digest")
-        memory = {int(client): frame.numpy().tobytes() for client, frame in parts["client"].items()}
-        return State(about["round"], parts["model"], parts["optim"], memory, about.get("control", {}))
+        memory, notes = (
+            {int(client): frame.numpy().tobytes() for client, frame in parts[part].items()}
+            for part in ("client", "notes")
+        )
+        return State(about["round"], parts["model"], parts["optim"], memory, notes, about.get("control", {}))
     except (OSError, ValueError, KeyError, TypeError, FedsplitError):
         raise FedsplitError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from None
 

@@ -146,6 +146,7 @@ class Share:
 
     merge: str = knob("fedavg", "aggregation rule: a name of fedsplit.share.MERGES")
     proximal: str = knob("", "pieces that pull local weights to the round's global ones (fedprox)")
+    partial: str = knob("", "pieces that say which parameters a client shares, combined by 'and'; the rest stays its own (ptls); empty shares all")
     quorum: float = knob(0.5, "fraction of a round's clients that must succeed", low=0.0, high=1.0)
     below_quorum: str = knob("repeat", "'repeat' the round with other clients or 'stop' the run, which can be resumed", choices=("repeat", "stop"))
     attempts: int = knob(3, "attempts at one round before the run stops", low=1)

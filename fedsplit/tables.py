@@ -36,10 +36,12 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
     }
     stored = max((int(row["stored_bytes"]) for row in clients if row["stored_bytes"]), default=0)
     personal = last["personal_accuracy"]
+    own = [float(row["accuracy"]) for row in folder.rows("personal") if row["accuracy"]]
     return {
         "accuracy": float(last["accuracy"]),
         "loss": float(last["loss"]),
         "personal_accuracy": float(personal) if personal else None,
+        "personal_accuracy_all": sum(own) / len(own) if own else None,
         "rounds": len(rows),
         "seed": config.seed,
         **runs.totals(rows, SUMS),

@@ -184,8 +184,9 @@ class Job:
     `down` is the serialised parameter frame that crosses the wire. `server` is the state of the
     client's server-side part (body parameters, server optimiser): it stays at the server in a
     deployment, travels only inside a simulation, and is never counted. `memory` is what the client
-    wrote down for itself in its last round: it stays at the client in a deployment. `choices` are config
-    keys, as JSON, that the controllers set for this client and round.
+    wrote down for itself in its last round: it stays at the client in a deployment. `notes` is what the
+    server wrote down about this client: like `server` it travels only inside a simulation. `choices` are
+    config keys, as JSON, that the controllers set for this client and round.
     """
 
     client: int
@@ -194,12 +195,13 @@ class Job:
     down: bytes
     server: bytes
     memory: bytes = b""
+    notes: bytes = b""
     choices: str = ""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client's round gives back; `up`, `server` and `memory` mirror those of `Job`."""
+    """What a client's round gives back; `up`, `server`, `memory` and `notes` mirror those of `Job`."""
 
     client: int
     samples: int
@@ -207,6 +209,7 @@ class Update:
     server: bytes
     report: Report
     memory: bytes = b""
+    notes: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ TINY = (
 )  # fmt: skip
 PAPER, DEMO = "papers/sfprompt", "demo"
 TWICE = "local.self-update.epochs=2"
+PTLS = ("share.partial=ptls", "rounds=3", "devices.per-round=2")
 PEAK = 0.1
 VIT = ("model.name=vit_tiny_patch16_224", "model.image-size=64")
 SPLIT = ("demo", "baselines/splitfed_v1", "baselines/splitfed_v2", "baselines/sequential")
@@ -58,6 +59,9 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     (DEMO, ("body.edits=lora", "train=lora,head", "data.partition=dirichlet")),
     (DEMO, (*VIT, "model.dropout=0.1", "model.drop-path=0.2", "optimizer.name=sgd", "local.epochs=1")),
     (DEMO, ("local.epochs=0",)),
+    (DEMO, (*PTLS, "cut.tail=1", "share.ptls.head=personal", "local.max-steps=1")),
+    (DEMO, (*PTLS, "share.ptls.by=gradient", "cut.front=3", "wire.parameters-up=half", "local.max-steps=1")),
+    ("baselines/fedavg", (*PTLS, "share.ptls.by=gradient", "local.max-steps=1")),
 ]  # fmt: skip
 
 
@@ -107,6 +111,22 @@ def test_what_depends_on_scores_is_estimated(repository: Path, tmp_path: Path) -
     assert figures["total"]["client_flops"] == pytest.approx(sums["client_flops"], rel=0.05)
     both = account(config_of(repository, PAPER, "data.select=el2n,random", TWICE))
     assert [reason.partition(":")[0] for reason in both.estimated] == ["kept samples"]
+
+
+def test_layers_that_clients_keep_cross_the_wire_once(repository: Path) -> None:
+    pairs = ("train=all", "cut.tail=1", "rounds=3")
+    own, plain = (account(config_of(repository, DEMO, *more, *pairs)) for more in (PTLS[:1], ()))
+    up, down = (own.bytes[name] / plain.bytes[name] for name in ("parameters-up", "parameters-down"))
+    assert 0.6 < up < 0.7 and down == pytest.approx((1 + 2 * up) / 3), "2 of the client's 3 blocks, and what is in none"
+    others = {name: count for name, count in own.bytes.items() if not name.startswith("parameters")}
+    assert others == {name: count for name, count in plain.bytes.items() if name in others}
+
+
+def test_which_blocks_gradients_choose_is_estimated(repository: Path) -> None:
+    twelve = ("cut.shape=none", "cut.front=0", "model.name=vit_tiny_patch16_224", "model.image-size=32", "train=all")
+    planned = account(config_of(repository, DEMO, *PTLS, "share.ptls.by=gradient", *twelve))
+    assert [reason.partition(":")[0] for reason in planned.estimated] == ["bytes of parameters"]
+    assert account(config_of(repository, DEMO, *PTLS, *twelve)).estimated == ()
 
 
 def test_the_virtual_clock(repository: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_decoded_tensors_own_their_memory() -> None:
 EXPECTED = {"w": torch.zeros(2, 3)}
 
 
-def admitted(up: bytes, *, samples: object = 5, server: bytes = b"", limit: int = 10_000) -> tuple[Tensors, Tensors]:
+def admitted(up: bytes, *, samples: object = 5, server: bytes = b"", limit: int = 10_000) -> tuple[Tensors, ...]:
     update = Update(0, samples, up, server, Report())  # type: ignore[arg-type]
     return admit(update, Link({}), EXPECTED, {"s": torch.zeros(1)} if server else {}, limit)
 

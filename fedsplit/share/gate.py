@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -16,9 +16,17 @@ class Refused(Exception):
 
 
 def admit(
-    update: Update, link: Link, client: Mapping[str, torch.Tensor], server: Mapping[str, torch.Tensor], limit: int
-) -> tuple[Tensors, Tensors]:
-    """The client's and the server-side tensors of `update`, checked against those the round began with.
+    update: Update,
+    link: Link,
+    client: Mapping[str, torch.Tensor],
+    server: Mapping[str, torch.Tensor],
+    limit: int,
+    may_lack: Collection[str] = (),
+) -> tuple[Tensors, Tensors, Tensors]:
+    """The client's, the server-side and the noted tensors of `update`, checked against those the round began with.
+
+    Tensors of `may_lack` may be missing on either side; the notes must hold just those that the server's
+    side then lacks.
 
     Raises:
         Refused: too many bytes, an impossible sample count, bytes that are no frame, wrong names,
@@ -30,25 +38,27 @@ def admit(
         raise Refused(f"its update of {len(update.up)} bytes is over the limit of {limit}")
     try:
         tensors = link.decode("parameters-up", update.up)
-        state = unpack(update.server)
+        state, notes = unpack(update.server), unpack(update.notes)
     except Exception as error:  # whatever a codec says to bytes it did not expect
         raise Refused(str(error) if isinstance(error, FedsplitError) else f"{type(error).__name__}: {error}") from None
-    _check(tensors, client)
-    _check({name: x for name, x in state.items() if "|" not in name}, server)
+    _check(tensors, client, may_lack)
+    _check({name: x for name, x in state.items() if "|" not in name}, server, may_lack)
+    _check(notes, {name: x for name, x in server.items() if name not in state})
     for name, moment in state.items():
         if not torch.isfinite(moment).all():
             raise Refused(f"'{name}' holds values that are not finite")
-    return tensors, state
+    return tensors, state, notes
 
 
-def _check(tensors: Tensors, expected: Mapping[str, torch.Tensor]) -> None:
-    unknown, missing = sorted(set(tensors) - set(expected)), sorted(set(expected) - set(tensors))
+def _check(tensors: Tensors, expected: Mapping[str, torch.Tensor], may_lack: Collection[str] = ()) -> None:
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors) - set(may_lack))
     if unknown:
         raise Refused(f"it names a parameter '{unknown[0]}' that was not asked for")
     if missing:
         raise Refused(f"it lacks parameter '{missing[0]}'")
-    for name, value in expected.items():
-        given = tensors[name]
+    for name, given in tensors.items():
+        value = expected[name]
         if given.shape != value.shape or given.dtype != value.dtype:
             raise Refused(f"'{name}' is {_form(given)} instead of {_form(value)}")
         if not torch.isfinite(given).all():

@@ -20,7 +20,7 @@ from fedsplit.experiment import start
 from fedsplit.places import PLACES
 from fedsplit.round import run_round
 from fedsplit.runtime.inprocess import Loop
-from fedsplit.share import PROXIMAL
+from fedsplit.share import PARTIAL, PROXIMAL
 from fedsplit.types import STREAMS, FedsplitError, Scalar
 from fedsplit.wire import CODECS
 from fedsplit.wire.link import Link
@@ -108,6 +108,16 @@ def test_a_proximal_piece_pulls_towards_the_anchor(name: str) -> None:
     w = torch.tensor([2.0, -1.0])
     assert torch.equal(piece.gradient(w, w), torch.zeros(2))
     assert (piece.gradient(w, torch.zeros(2)) * w > 0).all()
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_partial_piece_shares_blocks_that_there_are(name: str) -> None:
+    piece = PARTIAL[name]()
+    assert piece.head in ("shared", "personal") and piece.uses_gradients in (True, False)
+    for blocks in ([], [5], [0, 1, 6, 7]):
+        importance = torch.rand(len(blocks), dtype=torch.float64)
+        shared = piece.shared(importance, blocks, 8)
+        assert set(shared) <= set(blocks) and set(shared) == set(piece.shared(importance, blocks, 8))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

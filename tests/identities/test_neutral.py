@@ -26,6 +26,7 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
     "body.plans": {},
     "share.merge": {"fedavg": {}, "uniform": {}},
     "share.proximal": {"fedprox": {"share.fedprox.mu": 0.0}},
+    "share.partial": {"ptls": {"share.ptls.keep": 1.0}},
     "optimizer.schedule": {"constant": {}, "cosine": {"control.cosine.floor": 1.0}},
     **{place.key: {"half": None} for place in PLACES if place.key.startswith("wire.")},
 }
