@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 
@@ -51,12 +52,12 @@ def work(
     link: Link,
     tap: Tap | None = None,
     watches: Sequence[Watch | None] = (None, None),
-    order: Order | None = None,
+    orders: Sequence[Order] = (),
 ) -> tuple[Report, Tensors, Tensors]:
     """A client's round from what it received to what it sends back, over `link`.
 
-    `watches` see what the optimisers of the client and of the server are given. Every step is taken by
-    `order`, if there is one, and else by the plans of the config.
+    `watches` see what the optimisers of the client and of the server are given. The steps are taken
+    by `orders` in turn, if there are any, and else by the plans of the config.
 
     Returns:
         Its figures, the moments of the server's optimiser, and what the client writes down for itself.
@@ -73,8 +74,8 @@ def work(
     client.metrics = body.metrics = planner.metrics
     tally = Tally(world)
     loss, seen = 0.0, 0
-    orders = planner.orders([indices for indices, _ in steps]) if order is None else [order] * len(steps)
-    for number, ((indices, stream), order) in enumerate(zip(steps, orders, strict=True)):
+    planned = cycle(orders) if orders else planner.orders([indices for indices, _ in steps])
+    for number, ((indices, stream), order) in enumerate(zip(steps, planned, strict=not orders)):
         batch = stock.batch(indices, stream)
         noise = world.key("noise", job.round, job.client, number)
         tally.add(order, batch, noise)

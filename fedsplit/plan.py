@@ -8,7 +8,7 @@ own figures agree with it, as long as no client fails.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,8 +32,7 @@ from fedsplit.types import ORDINARY, STREAMS, FedsplitError, Job, Op, Order, Rep
 from fedsplit.wire.link import Link
 from fedsplit.world import Indices, World, ghost
 
-FIRST = Job(0, 1, 0, b"", b"")
-# Steps of a round that are taken on shapes for the peaks of plans that change from step to step.
+# Steps that are taken on shapes for the peaks of plans that change from step to step: moments gather in turn.
 MOST_STEPS = 16
 PARAMETERS: tuple[Stream, Stream] = ("parameters-up", "parameters-down")
 SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_samples", "messages")
@@ -182,7 +181,7 @@ class _Book:
         self._met: set[int] = set()
         self.local = self.seen = self.stored = 0
         self._largest = self._longest = self._load = 0
-        self._busiest: Job | None = None
+        self._busiest: tuple[int, list[Order]] | None = None
         self._scores: dict[int, Tensors] = {}
         self._memory: dict[int, Tensors] = {}
         self._held: dict[int, Any] = {}
@@ -226,9 +225,11 @@ class _Book:
     def peaks(self) -> tuple[int, int]:
         """Peak bytes at a client and at the server, of the longest batch of either kind of step."""
         phases = self.world.config.local.phases
-        reports = [self._probe(np.arange(self._longest), ORDINARY, local__epochs=0, local__phases=phases)]
+        reports = [self._probe(self._longest, [ORDINARY], local__epochs=0, local__phases=phases)]
         if self._busiest is not None:
-            reports.append(self._planned(self._busiest))
+            samples, orders = self._busiest
+            many = {"local__epochs": 1, "local__max_steps": len(orders), "local__phases": ""}
+            reports.append(self._probe(samples, orders, **many))
         elif self._largest:
             reports.append(self._step(self._largest, ORDINARY))
         limit = self.world.config.front.cache_memory_bytes
@@ -280,16 +281,20 @@ class _Book:
         batches = [indices for indices, _ in plan_batches(world, job, shard[:count] if kept is None else kept)]
         planner = Planner(world, job, self._scores.get(job.client, {}))
         if planner.metrics:
-            self.estimated.add("server FLOPs and peak: scores decide which units run")
+            self.estimated.add("server FLOPs, peak and plans: scores decide which units run")
         if world.config.names("control.tune"):
-            self.estimated.add("server FLOPs and peak: controllers decide which units run")
+            self.estimated.add("server FLOPs, peak and plans: controllers decide which units run")
         sizes: Counter[tuple[int, Order]] = Counter()
-        for indices, order in zip(batches, planner.orders(batches), strict=True):
+        orders = planner.orders(batches)
+        for step, (indices, order) in enumerate(zip(batches, orders, strict=True)):
             planner.record(indices, order, {metric: torch.zeros(planner.shape) for metric in planner.metrics})
             tally.count(order, len(indices))
             load = (world.flops.total - sum(world.plan_flops.spared(order.plan))) * len(indices)
             if load > self._load:
-                self._load, self._busiest = load, job
+                first = max(0, min(step, len(batches) - MOST_STEPS))
+                chosen = slice(first, first + MOST_STEPS)
+                samples = min(len(shard), sum(map(len, batches[chosen])))
+                self._load, self._busiest = load, (samples, orders[chosen])
             sizes[(len(indices), _like(order))] += 1
         self._scores[job.client] = planner.memory()
         return sizes
@@ -319,23 +324,17 @@ class _Book:
 
     def _step(self, size: int, order: Order) -> Report:
         if (size, order) not in self._steps:
-            self._steps[(size, order)] = self._probe(np.arange(size), order, local__epochs=1, local__phases="")
+            self._steps[(size, order)] = self._probe(size, [order], local__epochs=1, local__phases="")
         return self._steps[(size, order)]
 
-    def _planned(self, job: Job) -> Report:
-        """The peaks of the first steps of a round by its plans, whose units gather moments in turn."""
-        steps = min(self.world.config.local.max_steps or MOST_STEPS, MOST_STEPS)
-        shard = self.world.shards[job.client]
-        return self._probe(shard, None, job, local__max_steps=steps, local__phases="")
-
-    def _probe(self, shard: Indices, order: Order | None, job: Job = FIRST, **changes: Any) -> Report:
-        """A client's round over `shard`, one step if not said otherwise, on shapes; `bytes` are those of its steps."""
+    def _probe(self, samples: int, orders: Sequence[Order], **changes: Any) -> Report:
+        """A client's round over so many samples, one step by default, on shapes; `bytes` are those of its steps."""
         off: dict[str, Any] = {"data__select": "", "eval__per_client": False, "body__cosine": False}
         settings = self.world.config.replace(**(off | {"local__max_steps": 1} | changes))
-        small = replace(self.world, config=settings, shards=(shard,) * (job.client + 1))
+        small = replace(self.world, config=settings, shards=(np.arange(samples),))
         link = Link(self.world.codecs)
         with Hollow():
-            report, _, _ = work(small, job, link, order=order)
+            report, _, _ = work(small, Job(0, 1, 0, b"", b""), link, orders=orders)
         return replace(report, bytes=dict(link.sizes), messages=link.messages)
 
 

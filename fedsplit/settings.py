@@ -204,6 +204,7 @@ class Settings:
     resume: str = knob("", "run folder to continue")
     train: str = knob("all", "what trains: all, front, body, tail, head, norms, biases, lora, prompts; comma-separated")
     device: str = knob("cpu", "where tensors live: cpu, cuda or auto", choices=("cpu", "cuda", "auto"))
+    compile: str = knob("", "backend of torch.compile for blocks that run whole, e.g. inductor; results differ in the last bits; empty is off")
     threads: int = knob(1, "torch threads of every process; results depend on it", low=1)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

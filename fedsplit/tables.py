@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedsplit import runs
 from fedsplit.client import learning_rate
@@ -48,6 +49,7 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         "client_peak_bytes": peaks["client"],
         "server_peak_bytes": peaks["server"],
         "client_stored_bytes": stored,
+        "cuda_peak_bytes": torch.cuda.max_memory_allocated(built.device) if built.device.type == "cuda" else None,
         "trainable_params": sum(p.numel() for p in (*built.client.values(), *built.server.values())),
         "client_trainable_params": sum(p.numel() for p in built.client.values()),
         "weights_sha256": runs.sha256(built.model_state()),

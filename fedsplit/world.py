@@ -141,6 +141,8 @@ def _build(config: Config, hollow: bool) -> World:
     cut = address(config, backbone.depth)
     _edit(config, backbone, cut)
     backbone.vit.to(device)
+    if config.compile and not hollow:
+        _compile(backbone.vit, config.compile)
     pool = pooling(config, backbone.vit, cut)
     parts = split(backbone.vit, cut, pool)
     parts.train()
@@ -265,6 +267,15 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _compile(vit: Any, backend: str) -> None:
+    """Compile the blocks' own forward pass: plans of whole blocks then know two patterns, run and skipped."""
+    known = torch.compiler.list_backends()
+    if backend not in (*known, "eager"):
+        raise FedsplitError(f"compile='{backend}' is no backend of torch.compile here; known: {', '.join(known)}.")
+    for block in vit.blocks:
+        block.compiled = torch.compile(block.forward, backend=backend, dynamic=False)
 
 
 def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:

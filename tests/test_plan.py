@@ -38,6 +38,7 @@ TWICE = "local.self-update.epochs=2"
 PTLS = ("share.partial=ptls", "rounds=3", "devices.per-round=2")
 PEAK = 0.1
 VIT = ("model.name=vit_tiny_patch16_224", "model.image-size=64")
+RANDOM = ("body.knapsack.backward=random", "body.knapsack.forward=random", "body.knapsack.budget=0.5")
 SPLIT = ("demo", "baselines/splitfed_v1", "baselines/splitfed_v2", "baselines/sequential")
 WHOLE = tuple(f"baselines/{name}" for name in ("centralised", "fedavg", "fedpeft_lora", "fedprox", "linear_probe"))
 CASES: list[tuple[str, tuple[str, ...]]] = [
@@ -59,6 +60,10 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     (DEMO, ("body.edits=lora", "train=lora,head", "data.partition=dirichlet")),
     (DEMO, (*VIT, "model.dropout=0.1", "model.drop-path=0.2", "optimizer.name=sgd", "local.epochs=1")),
     (DEMO, ("local.epochs=0",)),
+    (DEMO, ("body.plans=layerdrop", "body.layerdrop.rescale=inverse")),
+    (DEMO, ("body.plans=knapsack,layerdrop", *RANDOM, "cut.shape=vanilla", "body.layerdrop.rate=0.3")),
+    ("baselines/fedpeft_lora", ("body.plans=layerdrop", "body.scope=all", "data.partition=dirichlet")),
+    (PAPER, (TWICE, "body.plans=knapsack", *RANDOM)),
     (DEMO, (*PTLS, "cut.tail=1", "share.ptls.head=personal", "local.max-steps=1")),
     (DEMO, (*PTLS, "share.ptls.by=gradient", "cut.front=3", "wire.parameters-up=half", "local.max-steps=1")),
     ("baselines/fedavg", (*PTLS, "share.ptls.by=gradient", "local.max-steps=1")),
@@ -109,6 +114,14 @@ def test_what_depends_on_scores_is_estimated(repository: Path, tmp_path: Path) -
     exact = {key for key in sums if key not in ("client_flops", "computed_samples")}
     assert {key: figures["total"][key] for key in exact} == {key: sums[key] for key in exact}
     assert figures["total"]["client_flops"] == pytest.approx(sums["client_flops"], rel=0.05)
+    config = config_of(repository, DEMO, "body.plans=knapsack", "local.epochs=3")
+    planned = account(config)
+    sums, _ = run(config, tmp_path / "plans")
+    assert [reason.partition(":")[0] for reason in planned.estimated] == ["server FLOPs, peak and plans"]
+    assert planned.server_flops == pytest.approx(sums["server_flops"], rel=0.05)
+    assert planned.client_flops == sums["client_flops"]
+    sent = sum(count for name, count in sums.items() if name.startswith("bytes_"))
+    assert planned.total_bytes == pytest.approx(sent, rel=1e-3)
     both = account(config_of(repository, PAPER, "data.select=el2n,random", TWICE))
     assert [reason.partition(":")[0] for reason in both.estimated] == ["kept samples"]
 

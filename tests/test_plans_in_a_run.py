@@ -347,3 +347,13 @@ def test_a_plan_of_the_wrong_shape_is_refused() -> None:
 
 def test_old_checkpoints_have_no_controllers() -> None:
     assert State(0, {}).control == {}
+
+
+def test_compiled_blocks_do_the_same(tmp_path: Path) -> None:
+    config = tiny({"body.plans": "layerdrop"}, rounds=1, local__max_steps=2)
+    plain = run(config, tmp_path / "plain")
+    compiled = run(config.replace(compile="eager"), tmp_path / "compiled")
+    assert any(hasattr(block, "compiled") for block in world(config.replace(compile="eager")).backbone.vit.blocks)
+    assert plain["accuracy"] == compiled["accuracy"] and plain["server_flops"] == compiled["server_flops"]
+    with pytest.raises(FedsplitError, match="no backend"):
+        run(config.replace(compile="nonsense"), tmp_path / "nonsense")

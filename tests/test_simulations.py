@@ -43,3 +43,21 @@ def test_baselines_agree_where_they_must() -> None:
 def test_faults_are_held() -> None:
     rows = study("faults.py")["rows"]
     assert len(rows) >= 8 and all(row["held"] for row in rows)
+
+
+@pytest.mark.slow
+def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
+    found = study("body_cost.py", "--plans", "1", "--repeats", "1", "--batch-size", "4")
+    rows = {(row["mode"], row["plan"], row["budget"]): row for row in found["rows"]}
+    assert len(rows) == 2 * 2 * 6
+    for mode, plan, budget in rows:
+        row = rows[mode, plan, budget]
+        assert row["wall_ratio"] > 0
+        if budget == 1.0:
+            assert row["flops_ratio"] == row["memory_ratio"] == 1.0
+        elif plan == "layerdrop":  # whole blocks, of eight
+            assert row["flops_ratio"] == pytest.approx(1 - round(8 * (1 - budget)) / 8, abs=0.02)
+            assert row["memory_ratio"] == pytest.approx(row["flops_ratio"], abs=0.02)
+    for mode in ("full", "lora"):
+        assert rows[mode, "knapsack", 0.2]["flops_ratio"] < rows[mode, "knapsack", 0.8]["flops_ratio"] < 1.0
+    assert found["worst_memory_at_half"] <= found["memory_aim"]

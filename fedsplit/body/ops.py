@@ -77,7 +77,8 @@ def execute(block: nn.Module, x: Tensor, row: tuple[int, ...] | None = None, sca
         return x
     trains = Op.FULL in ops
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-        y = cast(Tensor, block.forward(x)) if len(ops) == 1 else _mixed(block, x, row)  # past any hooks
+        whole = getattr(block, "compiled", block.forward)  # past any hooks
+        y = cast(Tensor, whole(x)) if len(ops) == 1 else _mixed(block, x, row)
         if trains and scale == 1:
             return y
         branch = y - x if scale == 1 else scale * (y - x)

@@ -98,6 +98,7 @@ def counting_copy(vit: nn.Module) -> nn.Module:
     for module in ghost.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
+        module.__dict__.pop("compiled", None)  # it would run the block that it was made of
     ghost.train()
     return ghost
 

@@ -23,10 +23,11 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
     "front.edits": {"prompts": {"front.prompts.count": 0}},
     "front.penalties": {},
     "body.edits": {"lora": {}},
-    "body.plans": {},
+    "body.plans": {"knapsack": {"body.knapsack.budget": 1.0}, "layerdrop": {"body.layerdrop.rate": 0.0}},
     "share.merge": {"fedavg": {}, "uniform": {}},
     "share.proximal": {"fedprox": {"share.fedprox.mu": 0.0}},
     "share.partial": {"ptls": {"share.ptls.keep": 1.0}},
+    "control.tune": {"bandit": {"control.bandit.rates": "0"}},
     "optimizer.schedule": {"constant": {}, "cosine": {"control.cosine.floor": 1.0}},
     **{place.key: {"half": None} for place in PLACES if place.key.startswith("wire.")},
 }
