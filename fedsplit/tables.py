@@ -46,6 +46,7 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         "rounds": len(rows),
         "seed": config.seed,
         **runs.totals(rows, SUMS),
+        **{name: _column_mean(rows, name) for name in ("workload_variance", "gradient_cosine")},
         "client_peak_bytes": peaks["client"],
         "server_peak_bytes": peaks["server"],
         "client_stored_bytes": stored,
@@ -57,6 +58,12 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         "device": str(built.device),
         "provenance": runs.provenance(config),
     }
+
+
+def _column_mean(rows: Sequence[Mapping[str, str]], name: str) -> float | None:
+    """The mean of a column's cells that are not empty; None where all are."""
+    there = [float(row[name]) for row in rows if row[name]]
+    return sum(there) / len(there) if there else None
 
 
 def draw(folder: RunFolder) -> Path:

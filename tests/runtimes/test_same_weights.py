@@ -85,12 +85,33 @@ def test_a_flower_run_that_goes_on_with_one_begun_in_process(tmp_path: Path) -> 
     assert digest(tmp_path / "run") == reference
 
 
+SFPROMPT: dict[str, Scalar] = {
+    **read_toml(ROOT / "configs/papers/sfprompt.toml"),
+    "local.self-update.epochs": 2,
+    "data.el2n.once": True,
+}
+# Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
+BODY: dict[str, Scalar] = {
+    "cut.front": 1,
+    "body.plans": "knapsack,layerdrop",
+    "body.knapsack.refresh": 2,
+    "share.partial": "ptls",
+    "share.ptls.by": "gradient",
+    "control.tune": "bandit",
+    "control.bandit.rates": "0.2,0.5",
+    "data.local-test": 0.2,
+    "eval.per-client": True,
+    "devices.flops-per-s": 1e9,
+    "devices.server-flops-per-s": 1e9,
+}
+
+
 @pytest.mark.slow
-def test_sfprompt_and_what_its_clients_remember(tmp_path: Path) -> None:
-    """Kept front outputs and choices made once travel with a client: weights, ledger and FLOPs are the same."""
-    paper = read_toml(ROOT / "configs/papers/sfprompt.toml")
-    small = {"local.self-update.epochs": 2, "data.el2n.once": True, "rounds": 3}
-    values = {**paper, **{name: VALUES[name] for name in VALUES if name.startswith(("data.", "devices."))}, **small}
+@pytest.mark.parametrize("method", [SFPROMPT, BODY], ids=["sfprompt", "body"])
+def test_what_clients_remember_travels_with_them(method: dict[str, Scalar], tmp_path: Path) -> None:
+    """Loop, pool and Flower give the same weights, ledger, FLOPs and choices."""
+    shared = {name: VALUES[name] for name in VALUES if name.startswith(("data.", "devices."))}
+    values = {**shared, **method, "rounds": 3}
     folders = {name: tmp_path / name for name in ("loop", "pool", "flower")}
     configs = {name: resolve({**values, "out": str(folder)}) for name, folder in folders.items()}
     experiment.run(configs["loop"], Loop(configs["loop"]))
@@ -101,8 +122,10 @@ def test_sfprompt_and_what_its_clients_remember(tmp_path: Path) -> None:
         pool.close()
     flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders.values()]
-    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples"):
+    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples", "virtual_s"):
         assert len({summary[name] for summary in summaries}) == 1, name
+    choices = [(folder / "choices.csv").read_text() for folder in folders.values() if "control.tune" in method]
+    assert len(set(choices)) == len(choices[:1])
 
 
 @pytest.mark.slow
