@@ -31,6 +31,7 @@ class PartOptimizer:
         watch: Watch | None = None,
     ) -> None:
         self.watch = watch
+        self._settings, self._lr = settings, lr
         self.named = dict(named)
         self.pulls = tuple(pulls)
         self.anchors = {name: p.detach().clone() for name, p in self.named.items()} if pulls else {}
@@ -56,24 +57,19 @@ class PartOptimizer:
             if parameter.grad is not None:
                 for pull in self.pulls:
                     parameter.grad.add_(pull.gradient(parameter.detach(), anchor))
-        held = {n: (dim, at.to(self.named[n].device)) for n, (dim, at) in (idle or {}).items() if n in self.named}
-        before = {name: self._entries(name, *place) for name, place in held.items()}
+        busy = [
+            _Busy(self.named[name], self._inner.state, *place)
+            for name, place in (idle or {}).items()
+            if name in self.named and self.named[name].grad is not None
+        ]
         self._inner.step()
-        for name, (dim, positions) in held.items():
-            for slot, value in self._slots(name).items():
-                old = before[name].get(slot)
-                value.index_fill_(dim, positions, 0) if old is None else value.index_copy_(dim, positions, old)
-
-    def _slots(self, name: str) -> Tensors:
-        """The parameter's values, as slot "", and its moments: all of its shape."""
-        assert self._inner is not None
-        parameter = self.named[name]
-        moments = self._inner.state.get(parameter, {}).items()
-        same = {slot: x for slot, x in moments if isinstance(x, Tensor) and x.shape == parameter.shape}
-        return {"": parameter.detach(), **same}
-
-    def _entries(self, name: str, dim: int, positions: Tensor) -> Tensors:
-        return {slot: value.index_select(dim, positions) for slot, value in self._slots(name).items()}
+        if busy:
+            apart = _make([one.part for one in busy], self._settings, self._lr)
+            for one in busy:
+                one.lend(apart.state)
+            apart.step()
+            for one in busy:
+                one.take_back(apart.state, self._inner.state)
 
     def forget(self) -> None:
         """Start anew, without moments."""
@@ -104,6 +100,42 @@ class PartOptimizer:
     def state_bytes(self) -> int:
         """Memory of the moments, in bytes."""
         return sum(value.nbytes for value in self.state().values())
+
+
+class _Busy:
+    """The entries of a parameter that may move, as a parameter of their own: its work is that of its size.
+
+    The parameter loses its gradient, so that its own optimiser passes it by.
+    """
+
+    def __init__(self, parameter: nn.Parameter, state: Mapping[Any, Any], dim: int, idle: Tensor) -> None:
+        kept = torch.ones(parameter.shape[dim], dtype=torch.bool)
+        kept[idle.cpu()] = False
+        self.parameter, self.dim = parameter, dim
+        self.at = kept.nonzero().flatten().to(parameter.device)
+        self.part = nn.Parameter(self._cut(parameter.detach()))
+        self.state = {slot: self._cut(value) for slot, value in state.get(parameter, {}).items()}
+        assert parameter.grad is not None
+        self.part.grad, parameter.grad = self._cut(parameter.grad), None
+
+    def lend(self, state: dict[Any, Any]) -> None:
+        """Give the part its moments."""
+        if self.state:
+            state[self.part] = self.state
+
+    def take_back(self, state: Mapping[Any, Any], whole: dict[Any, Any]) -> None:
+        """Put the part and its moments where they came from."""
+        self.parameter.detach().index_copy_(self.dim, self.at, self.part.detach())
+        for slot, value in state.get(self.part, {}).items():
+            if isinstance(value, Tensor) and value.shape == self.part.shape:
+                full = whole[self.parameter].setdefault(slot, torch.zeros_like(self.parameter))
+                full.index_copy_(self.dim, self.at, value)
+            else:
+                whole[self.parameter][slot] = value
+
+    def _cut(self, value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.shape == self.parameter.shape
+        return value.index_select(self.dim, self.at) if whole else value
 
 
 def _make(parameters: list[nn.Parameter], settings: Optimizer, lr: float) -> torch.optim.Optimizer:

@@ -257,7 +257,7 @@ def test_the_cosine_is_that_of_the_exact_gradient() -> None:
 
 
 CASES = {
-    "knapsack+layerdrop": {**BOTH, "body.knapsack.refresh": 1},
+    "knapsack+layerdrop": BOTH,
     "lora, all blocks": {**LORA, **BOTH, "body.scope": "all", "cut.shape": "none"},
     "vanilla": {**BOTH, "cut.shape": "vanilla"},
 }
@@ -328,6 +328,15 @@ def test_what_cannot_be_had_is_refused_at_the_start(keys: dict[str, Scalar], wor
     with pytest.raises(FedsplitError, match=words):
         run(tiny(keys), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_blocks_that_cannot_be_sliced_are_planned_whole(tmp_path: Path) -> None:
+    keys: dict[str, Scalar] = {"model.name": "vit_pwee_patch16_reg1_gap_256", "model.image-size": 32}
+    keys |= {"model.pretrained": False, "body.plans": "knapsack", "cut.front": 14, "rounds": 1}
+    with pytest.raises(FedsplitError, match=r"set body\.knapsack\.units=block"):
+        run(tiny(keys), tmp_path / "heads")
+    whole = run(tiny(keys, body__knapsack__units="block", local__max_steps=2, data__limit=32), tmp_path / "blocks")
+    assert whole["server_flops"] > 0
 
 
 def test_a_plan_of_the_wrong_shape_is_refused() -> None:

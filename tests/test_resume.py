@@ -35,7 +35,7 @@ TINY: dict[str, Scalar] = {
     "model.image-size": 16,
     "rounds": 4,
     "local.batch-size": 8,
-    "local.max-steps": 1,
+    "local.max-steps": 2,
 }
 
 

@@ -90,8 +90,11 @@ class Knapsack:
         """Whether `plan` can do something sensible with such an `ask`.
 
         Raises:
-            FedsplitError: more workers than units; no unit of any micro-batch fits in full; OR-Tools is missing.
+            FedsplitError: blocks that cannot be sliced; more workers than units; no unit of any micro-batch fits
+                in full; OR-Tools is missing.
         """
+        if self.units == "head" and ask.units == 1:
+            raise FedsplitError("this model's blocks cannot be sliced by heads; set body.knapsack.units=block.")
         costs = _Costs(self, ask)
         if not costs.items or not ask.micro_batches:
             return
@@ -133,8 +136,8 @@ class Knapsack:
         for number, group in enumerate(costs.groups()):
             units = np.stack([costs.dealt[w][1] for w in group])
             spent = np.array([costs.whole_of(own, first) for own in units])
-            left = np.array([costs.capacity(w) for w in group]) - spent
-            for_full = np.maximum(np.array([self._for_full(costs, w) for w in group]) - spent, 0)
+            left = np.maximum(np.array([costs.capacity(w, first) for w in group]) - spent, 0)
+            for_full = np.maximum(np.array([self._for_full(costs, w, first) for w in group]) - spent, 0)
             late = np.broadcast_to(self._may_forward(costs)[units][:, None], (len(group), len(sizes), units.shape[1]))
             b, a = (scores[:, units].swapaxes(0, 1).reshape(len(group), -1) for scores in (backward, forward))
             weights = [np.outer(sizes, cost[units[0]]).reshape(-1) for cost in (costs.full, costs.forward)]
@@ -187,9 +190,9 @@ class Knapsack:
                     return False
         return True
 
-    def _for_full(self, costs: _Costs, worker: int) -> int:
+    def _for_full(self, costs: _Costs, worker: int, first: int = 0) -> int:
         """The part of a worker's capacity that FULL may take."""
-        capacity = costs.capacity(worker)
+        capacity = costs.capacity(worker, first)
         return capacity if self.choice == "joint" else math.floor((1 - Fraction(repr(self.reserve))) * capacity)
 
     def _may_forward(self, costs: _Costs) -> Bools:
@@ -226,6 +229,10 @@ class _Costs:
 
     `full`, `forward` and `whole` (N,) are per sample, `whole` the share of an item in a block all in full.
     Their unit is FLOPs over the units of a block, so that shares are whole.
+
+    With adapters a block costs something however many of its units run. Either every unit is charged as if
+    alone, or that much, `entry` (N,), is set aside for all blocks beforehand: whichever buys more. Both are
+    upper bounds.
     """
 
     def __init__(self, piece: Knapsack, ask: Ask) -> None:
@@ -243,9 +250,17 @@ class _Costs:
             full, together = np.maximum(full, whole), np.minimum(forward, whole)
             if piece.units == "block":
                 full, forward = whole, together
+        entry = np.zeros_like(full)
+        self.shares = [Fraction(text) for text in split_names(piece.capacities)] or [Fraction(repr(piece.budget))]
+        if piece.by == "compute" and self.per_block > 1:
+            more = -((full // ask.units - whole) // (ask.units - 1)) * ask.units  # of one more unit, rounded up
+            aside = full - more
+            least = float(min(self.shares)) * whole.sum()
+            if (aside >= 0).all() and (least - aside.sum() / ask.units) / more.sum() > least / full.sum():
+                full, entry = more, aside // ask.units
+        self.entry: Ints = np.repeat(entry, self.per_block)
         self.together: Ints = together  # a unit's share of a block that runs forward only
         self.full, self.forward, self.whole = (np.repeat(c, self.per_block) for c in (full, forward, whole))
-        self.shares = [Fraction(text) for text in split_names(piece.capacities)] or [Fraction(repr(piece.budget))]
         if piece.workers > self.items and self.items:
             raise FedsplitError(
                 f"{piece.workers} workers are more than the {self.items} {piece.units}s that the body plans; "
@@ -259,9 +274,11 @@ class _Costs:
         """What items `units` cost all in full, in the first `rows` micro-batches."""
         return int(self.whole[units].sum()) * int(self.sizes[:rows].sum())
 
-    def capacity(self, worker: int) -> int:
-        """What a worker may spend in the round."""
-        return math.floor(self.shares[worker % len(self.shares)] * self.whole_of(self.dealt[worker][1]))
+    def capacity(self, worker: int, first: int = 0) -> int:
+        """What a worker may spend in the round, after what is set aside for micro-batches from `first` on."""
+        units = self.dealt[worker][1]
+        aside = int(self.entry[units].sum()) * int(self.sizes[first:].sum())
+        return max(0, math.floor(self.shares[worker % len(self.shares)] * self.whole_of(units)) - aside)
 
     @property
     def rows_in_full(self) -> int:
@@ -280,7 +297,8 @@ class _Costs:
     def of(self, ops: Tensor) -> Floats:
         """What the items cost per micro-batch, (M, N), under `ops` (M, blocks, U); less where a block runs alike."""
         units = ops.shape[2]
-        alone = np.stack([np.zeros_like(self.full), self.forward, self.full]).reshape(3, self.blocks, -1)[:, :, 0]
+        charged = np.stack([np.zeros_like(self.full), self.forward, self.full]) + self.entry
+        alone = charged.reshape(3, self.blocks, -1)[:, :, 0]
         alike = np.stack([np.zeros_like(self.together), self.together, self.whole.reshape(self.blocks, -1)[:, 0]])
         table, blocks = ops.numpy(), np.arange(self.blocks)[:, None]
         same = (table == table[:, :, :1]).all(axis=2, keepdims=True)
