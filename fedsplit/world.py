@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +168,7 @@ def _build(config: Config, hollow: bool) -> World:
         server=sides[1],
         initial={} if hollow else values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
-        flops=step_flops(backbone.vit, cut, backbone.image_size, pool, reads, start),
+        flops=_flops(config, backbone, (cut, backbone.image_size, pool, reads, start)),
         plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape),
     )
 
@@ -276,6 +276,19 @@ def _compile(vit: Any, backend: str) -> None:
         raise FedsplitError(f"compile='{backend}' is no backend of torch.compile here; known: {', '.join(known)}.")
     for block in vit.blocks:
         block.compiled = torch.compile(block.forward, backend=backend, dynamic=False)
+
+
+# Keys that decide what a model computes; a study builds many worlds of few models.
+_SHAPING = ("model.", "cut.", "front.", "body.", "local.", "train")
+_COUNTED: dict[Any, StepFlops] = {}
+
+
+def _flops(config: Config, backbone: models.Backbone, how: tuple[Any, ...]) -> StepFlops:
+    values = tuple(sorted(item for item in config.values.items() if item[0].startswith(_SHAPING)))
+    name = (values, cast(Any, backbone.vit).num_classes, how)
+    if name not in _COUNTED:
+        _COUNTED[name] = step_flops(backbone.vit, *how)
+    return _COUNTED[name]
 
 
 def _edit(config: Config, backbone: models.Backbone, cut: Cut) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedsplit.config import load, to_toml
+from fedsplit.runs import RunFolder
 from fedsplit.types import FedsplitError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
@@ -95,6 +96,55 @@ def test_a_failed_run_leaves_its_seed_out_and_is_counted() -> None:
     nothing = figures.row(BOARD, found, "iid", "splitfed")
     assert nothing["accuracy_mean"] is None and nothing["failed"] == 2
     assert show.table_of(BOARD, "t", [nothing]).rows[0][2:] == ("-", "-", "-", "-", "0, 2 failed")
+
+
+def test_time_to_a_target_is_that_of_the_first_round_that_has_it() -> None:
+    def run(*rounds: tuple[float | None, float]) -> dict[str, Any]:
+        curve = [{"accuracy": accuracy, "virtual_s": seconds} for accuracy, seconds in rounds]
+        return {**summary(rounds[-1][0] or 0.0), "curve": curve}
+
+    base = run((0.3, 10.0), (None, 10.0), (0.49, 10.0), (0.48, 10.0), (0.5, 10.0))
+    speed = figures.FIGURES["virtual_speedup"]
+    assert speed(base, base, 0.95) == 1.0
+    assert speed(run((0.2, 4.0), (0.475, 8.0), (0.1, 4.0)), base, 0.95) == pytest.approx(30 / 12)
+    assert speed(run((0.4, 1.0), (0.474, 1.0)), base, 0.95) == 0.0  # never
+    assert figures.until(base, "virtual_s", 0.5) == 50.0 and figures.until(base, "virtual_s", 0.51) is None
+
+
+def test_what_the_tables_of_a_run_add(tmp_path: Path) -> None:
+    tables = {
+        "rounds": "round,accuracy,virtual_s,server_flops,workload_variance,gradient_cosine,personal_accuracy\n"
+        "1,,2.0,100,0.25,,\n2,0.5,3.0,50,0.75,,0.6\n",
+        "clients": "round,failure,wall_s,server_peak_bytes\n1,,0.5,100\n1,lost,,\n1,,1.5,300\n2,,4.0,200\n",
+        "units": "round,block,unit,full,forward,skip\n1,0,0,8,0,0\n1,1,0,2,4,2\n1,2,0,0,0,8\n1,3,0,8,0,0\n",
+    }
+    for name, text in tables.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    config = load([], ["cut.front=1", "cut.tail=1"])
+    found = figures.of_tables(RunFolder(tmp_path), config)
+    assert found["curve"] == [
+        {"accuracy": None, "virtual_s": 2.0, "clients_s": 2.0, "server_flops": 100.0},
+        {"accuracy": 0.5, "virtual_s": 3.0, "clients_s": 4.0, "server_flops": 50.0},
+    ]
+    assert found["traffic"] == (2 * 2 + 4) / (2 * 16)  # of the body's blocks, 1 and 2
+    assert (found["round_peak_bytes"], found["workload_variance"]) == (200.0, 0.5)
+    assert (found["gradient_cosine"], found["personal_accuracy"]) == (None, 0.6)
+
+
+def test_an_arm_may_have_a_reference_of_its_own() -> None:
+    arm = replace(BOARD.arm("sfprompt"), reference="splitfed")
+    board = replace(BOARD, arms=(*BOARD.arms[:-1], arm), columns=("accuracy_points",))
+    found = results(fedavg=[summary(0.9)], splitfed=[summary(0.3, sent=200)], sfprompt=[summary(0.5, sent=100)])
+    row = figures.row(board, found, "iid", "sfprompt")
+    assert (row["against"], row["bytes_ratio"], row["accuracy_points"]) == ("splitfed", 0.5, pytest.approx(20.0))
+    assert "+20.0" in show.table_of(board, "t", [row]).markdown()
+
+
+def test_a_claim_is_judged_where_both_of_its_arms_run() -> None:
+    claim = scoreboard.Claim("text", "source", "bytes_ratio", "a", "b", high=1.0)
+    cells = [("iid", "a"), ("iid", "b"), ("shard", "a"), ("dirichlet", "b"), ("dirichlet", "a")]
+    assert figures.claimed_on(claim, cells) == ["iid", "dirichlet"]
+    assert figures.claimed_on(replace(claim, partitions=("dirichlet",)), cells) == ["dirichlet"]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +230,8 @@ def test_every_scoreboard_names_what_there_is(tmp_path: Path) -> None:
         assert {board.reference, *board.ablated} <= arms
         assert {*board.ablated_on, *board.quick_partitions} <= partitions
         assert set(board.quick_ablations) <= {arm.name for arm in board.ablations}
+        assert {*board.quick_arms, *(board.against(arm.name) for arm in (*board.arms, *board.ablations))} <= arms
+        assert set(board.columns) <= set(show.COLUMNS)
         for claim in board.claims:
             assert claim.figure in figures.FIGURES and {claim.arm, claim.against} <= arms
             assert set(claim.partitions) <= partitions
@@ -187,7 +239,7 @@ def test_every_scoreboard_names_what_there_is(tmp_path: Path) -> None:
         for run in scoreboard.runs(board, request(tmp_path, quick=False, seeds=2)):
             values = {key: value for key, value in run.config.values.items() if key != "name"}
             assert named.setdefault(run.name, values) == values, f"two papers differ in {run.name}"
-            assert run.config.eval.every == run.config.rounds
+            assert run.config.eval.every == (1 if board.every_round else run.config.rounds)
 
 
 def test_sizes_tuned_values_and_the_users_pairs_in_order(tmp_path: Path) -> None:
