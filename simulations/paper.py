@@ -152,7 +152,7 @@ def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
     rows: list[dict[str, Any]] = []
     claims: list[dict[str, Any]] = []
     for board in boards:
-        each = Results.of(wanted[board.name], summaries)
+        each = Results.of(board, wanted[board.name], summaries)
         lost = {run.name: failed[run.name] for run in wanted[board.name] if run.name in failed}
         sheets, its_rows, its_claims = tables(board, asked, each)
         foot = [
@@ -172,11 +172,10 @@ def tables(
     """The tables, their rows (each once) and the judged claims; claims go with the main table."""
     cells = {"": main_cells(board, asked), "ablations": ablation_cells(board, asked)}
     rows = {cell: row(board, results, *cell) for cell in dict.fromkeys((*cells[""], *cells["ablations"]))}
-    partitions = list(dict.fromkeys(partition for partition, _ in cells[""]))
     claims = [
         judge(board, claim, results, partition, asked.model)
         for claim in board.claims
-        for partition in claimed_on(claim, partitions)
+        for partition in claimed_on(claim, cells[""])
     ]
     sheets = []
     for kind, its in cells.items():

@@ -39,7 +39,8 @@ class Sizes:
 class Arm:
     """One line of a table: a config of `configs/` with changes.
 
-    `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate.
+    `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate. Its ratios
+    are to arm `reference`; empty is the scoreboard's.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Arm:
     config: str
     pairs: Pairs = ()
     tuned: Pairs = ()
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ class Claim:
 class Scoreboard:
     """One paper's arms and claims.
 
-    Every ratio is to arm `reference` on the same partition with the same seed. `pairs` hold for every
-    arm. Ablations run on the partitions `ablated_on`, beside `reference` and the arms `ablated`.
+    Every ratio is to arm `reference` (or the arm's own) on the same partition with the same seed. `pairs`
+    hold for every arm. Ablations run on the partitions `ablated_on`, beside `reference` and the arms `ablated`.
+    `columns` are those of its tables, names of `papers.show.COLUMNS`; `notes` stand below them. With
+    `every_round` the global model is tested after every round, not the last alone: then there is a time to
+    `target`, a fraction of the reference's last accuracy. --quick runs `quick_arms`, if there are any, alone.
     """
 
     name: str
@@ -98,6 +103,11 @@ class Scoreboard:
     ablated_on: tuple[str, ...]
     quick_partitions: tuple[str, ...]
     quick_ablations: tuple[str, ...]
+    quick_arms: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ("client_flops_ratio", "bytes_ratio", "kept_samples")
+    notes: tuple[str, ...] = ()
+    every_round: bool = False
+    target: float = 0.95
     pairs: Pairs = ()
     sizes: Sizes = field(default_factory=Sizes)
     minutes: float | None = None
@@ -105,6 +115,10 @@ class Scoreboard:
     def arm(self, name: str) -> Arm:
         """The arm or ablation of that name."""
         return next(arm for arm in (*self.arms, *self.ablations) if arm.name == name)
+
+    def against(self, arm: str) -> str:
+        """The name of the arm that an arm's ratios are to."""
+        return self.arm(arm).reference or self.reference
 
     def partition(self, name: str) -> Partition:
         """The partition of that name."""
@@ -149,7 +163,8 @@ def main_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
     if request.only == "ablations":
         return []
     names = board.quick_partitions if request.quick else [partition.name for partition in board.partitions]
-    return [(partition, arm.name) for partition in names for arm in board.arms]
+    arms = (request.quick and board.quick_arms) or [arm.name for arm in board.arms]
+    return [(partition, arm) for partition in names for arm in arms]
 
 
 def ablation_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
@@ -176,7 +191,7 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
 
 
 def configure(board: Scoreboard, request: Request, arm: str, partition: str, seed: int) -> Config:
-    """The config of one run; it tests the global model after the last round only.
+    """The config of one run; it tests the global model after the last round, or after every one.
 
     Raises:
         FedsplitError: a pair that is wrong.
@@ -187,7 +202,7 @@ def configure(board: Scoreboard, request: Request, arm: str, partition: str, see
     fixed = [*board.partition(partition).pairs, f"seed={seed}", f"out={request.out / f'{partition}-{arm}-s{seed}'}"]
     pairs = [*size, *common, *board.pairs, *chosen.tuned, *chosen.pairs, *request.pairs, *fixed]
     config = load([CONFIGS / chosen.config], pairs)
-    return config.replace(eval__every=config.rounds)
+    return config.replace(eval__every=1 if board.every_round else config.rounds)
 
 
 def refuse(board: Scoreboard, pairs: Sequence[str]) -> None:
@@ -197,7 +212,7 @@ def refuse(board: Scoreboard, pairs: Sequence[str]) -> None:
         FedsplitError: one of them is among `pairs`.
     """
     own = {"seed": "use --seeds", "out": "use --out", "data.source": "use --data", "model.name": "use --model"}
-    own |= {"resume": "use --out with the same folder", "eval.every": "only the last round is tested"}
+    own |= {"resume": "use --out with the same folder", "eval.every": "the scoreboard says which rounds are tested"}
     own |= dict.fromkeys(keys(*board.partitions), "the partitions are the scoreboard's")
     own |= dict.fromkeys(keys(*board.arms, *board.ablations), "it is what sets the arms apart")
     for pair in pairs:

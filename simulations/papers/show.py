@@ -13,6 +13,25 @@ from papers.scoreboard import Scoreboard
 
 WIDTH = 110
 LEFT = ("arm", "partition", "claim", "verdict")
+TARGET = "up to the first round in which the global model has the target accuracy; 0 where it never has"
+
+# Title and meaning of a column, and how its cells are written; of `papers.figures.FIGURES`, or of a summary.
+COLUMNS: dict[str, tuple[str, str, str]] = {
+    "client_flops_ratio": ("client compute", "FLOPs of all clients", "%"),
+    "server_flops_ratio": ("server compute", "FLOPs of the server", "%"),
+    "compute_ratio": ("all compute", "FLOPs of clients and server", "%"),
+    "server_peak_ratio": ("peak", "the server's largest memory in any round", "%"),
+    "round_peak_ratio": ("mean peak", "the server's peak memory in a client's round, mean of all", "%"),
+    "traffic_ratio": ("subnet traffic", "if each unit had a machine of its own; in full 2, forward only 1", "%"),
+    "bytes_ratio": ("bytes", "between clients and server, both ways", "x"),
+    "accuracy_points": ("points", "accuracy less that of the reference", "points"),
+    "virtual_speedup": ("virtual speed", f"modelled seconds {TARGET}", "x"),
+    "wall_speedup": ("wall speed", f"seconds that the clients' rounds took here {TARGET}", "x"),
+    "compute_speedup": ("compute speed", f"the server's FLOPs {TARGET}", "x"),
+    "kept_samples": ("kept", "samples trained on after selection, summed over clients and rounds", "number"),
+    "workload_variance": ("load variance", "of the server workers' loads, as fractions of a full load", "small"),
+    "personal_accuracy": ("personal %", "clients' own models on their own held-out samples, last rounds", "accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,26 +64,25 @@ class Sheet:
 
 def table_of(board: Scoreboard, title: str, rows: Sequence[Mapping[str, Any]]) -> Sheet:
     """Accuracy and costs, a row an arm and partition."""
-    columns = ("partition", "arm", "accuracy %", "client compute", "bytes", "kept", "seeds")
+    columns = (*places(board), "arm", "accuracy %", *(COLUMNS[name][0] for name in board.columns), "seeds")
     cells = [
         (
-            board.partition(row["partition"]).title,
+            *places(board, row["partition"]),
             board.arm(row["arm"]).title,
             with_spread(row["accuracy_mean"], row["accuracy_std"], 100, "{:.1f}"),
-            ratio("client_flops_ratio", row["client_flops_ratio"]),
-            ratio("bytes_ratio", row["bytes_ratio"]),
-            "-" if row["kept_samples"] is None else f"{row['kept_samples']:,.0f}",
+            *(cell(name, row[name]) for name in board.columns),
             f"{row['seeds']}, {row['failed']} failed" if row["failed"] else str(row["seeds"]),
         )
         for row in rows
     ]
-    against = board.arm(board.reference).title
+    against = " or ".join(dict.fromkeys(board.arm(board.against(row["arm"])).title for row in rows))
     notes = [
         "Accuracy of the global model after the last round: mean ± sample standard deviation over seeds.",
-        f"Client compute (FLOPs) and bytes (both ways): ratios to {against}, same partition and seed; means.",
-        "Kept: samples trained on after selection, summed over clients and rounds; the mean of the seeds.",
+        f"Ratios, speed-ups and points: to {against}, same partition and seed; means.",
+        *dict.fromkeys(f"{COLUMNS[name][0].capitalize()}: {COLUMNS[name][1]}." for name in board.columns),
+        *board.notes,
     ]
-    return Sheet(title, columns, cells, group_ends([row["partition"] for row in rows]), notes)
+    return Sheet(where(board, title), columns, cells, group_ends([row["partition"] for row in rows]), notes)
 
 
 def table_of_claims(board: Scoreboard, claims: Sequence[Mapping[str, Any]]) -> Sheet:
@@ -76,7 +94,7 @@ def table_of_claims(board: Scoreboard, claims: Sequence[Mapping[str, Any]]) -> S
         cells.append(
             (
                 f"{texts.index(text) + 1}. {text}" if text != last else "",
-                board.partition(claim["partition"]).title,
+                *places(board, claim["partition"]),
                 bound(claim),
                 with_figure(figure, claim["ours"], claim["ours_std"]),
                 claim["verdict"],
@@ -85,8 +103,22 @@ def table_of_claims(board: Scoreboard, claims: Sequence[Mapping[str, Any]]) -> S
         last = text
     about = {claim["claim"]: [claim["source"], claim["note"]] for claim in claims}
     notes = [f"{number}. {'; '.join(filter(None, about[text]))}." for number, text in enumerate(texts, 1)]
-    columns = ("claim", "partition", "claimed", "ours", "verdict")
-    return Sheet("The paper's claims beside ours", columns, cells, group_ends([c["claim"] for c in claims]), notes)
+    columns = ("claim", *places(board), "claimed", "ours", "verdict")
+    return Sheet(
+        where(board, "The paper's claims beside ours"), columns, cells, group_ends([c["claim"] for c in claims]), notes
+    )
+
+
+def places(board: Scoreboard, partition: str = "") -> tuple[str, ...]:
+    """The partition's cell of a row, or its title; no cell where there is one partition only."""
+    if len(board.partitions) == 1:
+        return ()
+    return (board.partition(partition).title if partition else "partition",)
+
+
+def where(board: Scoreboard, title: str) -> str:
+    """A table's title, with the partition if there is only one."""
+    return f"{title}, {board.partitions[0].title}" if len(board.partitions) == 1 else title
 
 
 def group_ends(names: Sequence[str]) -> frozenset[int]:
@@ -94,17 +126,20 @@ def group_ends(names: Sequence[str]) -> frozenset[int]:
     return frozenset(number for number in range(len(names) - 1) if names[number] != names[number + 1])
 
 
-def ratio(figure: str, value: float | None) -> str:
-    """Compute as a percentage, bytes as a factor; '-' where there is none."""
+def cell(figure: str, value: float | None) -> str:
+    """A figure as its column has it; '-' where there is none."""
     if value is None:
         return "-"
-    return f"{100 * value:.3g} %" if figure == "client_flops_ratio" else f"{value:.3g}x"
+    form = {"%": "{:.3g} %", "x": "{:.3g}x", "points": "{:+.1f}", "number": "{:,.0f}", "small": "{:.2g}"}
+    kind = COLUMNS[figure][2]
+    scaled = 100 * value if kind in ("%", "accuracy") else value
+    return form.get(kind, "{:.1f}").format(scaled)
 
 
 def bound(claim: Mapping[str, Any]) -> str:
     """What a claim allows, and the backbone that its number is published for."""
     figure, limit = claim["figure"], claim["claimed"]
-    shown = f"{limit:.1f} points" if figure == "accuracy_points" else ratio(figure, limit)
+    shown = f"{limit:.1f} points" if figure == "accuracy_points" else cell(figure, limit)
     return f"{claim['relation']} {shown}" + (f", {claim['published_for']}" if claim["published_for"] else "")
 
 
@@ -112,7 +147,7 @@ def with_figure(figure: str, value: float | None, std: float | None) -> str:
     """Our figure, accuracy with its spread."""
     if figure == "accuracy_points" and value is not None:
         return with_spread(value, std, 1, "{:+.1f}") + " points"
-    return ratio(figure, value)
+    return cell(figure, value)
 
 
 def with_spread(value: float | None, std: float | None, scale: float, form: str) -> str:

@@ -24,6 +24,7 @@ from fedsplit.runs import RunFolder
 from fedsplit.runtime.inprocess import runner
 from fedsplit.types import Failure, FedsplitError, Scalar, Update
 from fedsplit.world import ghost
+from papers.figures import of_tables
 from papers.scoreboard import Run
 
 # Keys that change no figure of a finished run, beside those of the engine.
@@ -180,7 +181,7 @@ def train(values: Mapping[str, Scalar], name: str) -> None:
 
 
 def finished(run: Run) -> Summary | None:
-    """The summary of a run that is there; None if it is still to be run, or to be ended.
+    """The summary of a run that is there, with what its tables add; None if it is still to be run, or to be ended.
 
     Raises:
         FedsplitError: its folder holds a run of another config.
@@ -188,7 +189,7 @@ def finished(run: Run) -> Summary | None:
     path = Path(run.config.out)
     if not (path / "config.toml").is_file():
         return None
-    _, stored = RunFolder.open(path)
+    folder, stored = RunFolder.open(path)
     there, wanted = _values(stored.values), _values(run.config.values)
     for key in wanted:
         if there[key] != wanted[key]:
@@ -199,7 +200,7 @@ def finished(run: Run) -> Summary | None:
     if not file.is_file():
         return None
     summary: Summary = json.loads(file.read_text(encoding="utf-8"))
-    return summary
+    return {**summary, **of_tables(folder, stored)}
 
 
 def _line(child: Child, summary: Summary | None, error: str) -> str:
