@@ -31,7 +31,7 @@ POOLS = {
 }
 OFF = (
     *("data.select", "local.phases", "front.edits", "front.penalties", "body.edits", "body.plans"),
-    *("share.proximal", "share.partial"),
+    *("share.proximal", "share.partial", "control.tune"),
 )
 
 

@@ -122,6 +122,10 @@ def test_what_depends_on_scores_is_estimated(repository: Path, tmp_path: Path) -
     assert planned.client_flops == sums["client_flops"]
     sent = sum(count for name, count in sums.items() if name.startswith("bytes_"))
     assert planned.total_bytes == pytest.approx(sent, rel=1e-3)
+    fleet = ("data.local-test=0.2", "devices.flops-per-s=1e9", "devices.server-flops-per-s=1e9")
+    steered = account(config_of(repository, "papers/droppeft", "control.tune=bandit", "local.batch-size=4", *fleet))
+    assert [reason.partition(":")[0] for reason in steered.estimated] == ["server FLOPs, peak and plans"]
+    assert 0 < steered.client_flops < account(full_fine_tuning(steered.config)).client_flops
     both = account(config_of(repository, PAPER, "data.select=el2n,random", TWICE))
     assert [reason.partition(":")[0] for reason in both.estimated] == ["kept samples"]
 

@@ -27,7 +27,9 @@ def _split(config: Config) -> list[str]:
         rows.append(_row(f"data ─► front ─► tail, loss: {', '.join(phases)}", "(alone first)"))
     chosen = ", ".join(config.names("data.select"))
     front = f"data{f' [{chosen}]' if chosen else ''} ─► front ({cut.front} blocks)"
-    rows.append(_row(f"{front} {up}", f"body{_with(codecs['activations-up'])}"))
+    plans = ", ".join(config.names("body.plans"))
+    body = f"body [{plans}]" if plans else "body"
+    rows.append(_row(f"{front} {up}", f"{body}{_with(codecs['activations-up'])}"))
     if shape == "vanilla":
         rows.append(_row("labels ──►", "tail, loss"))
         rows.append(_row("front ◄──gradients──", f"body{_with(codecs['gradients-down'])}"))
