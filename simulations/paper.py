@@ -192,7 +192,7 @@ def show(board: Scoreboard, asked: Request, first: Run, sheets: Sequence[Sheet],
     config = first.config
     what = (
         f"{config.model.name} on {asked.data or 'digits'}; {config.devices.count} devices, "
-        f"{config.devices.per_round} a round, {config.rounds} rounds; seeds 0 to {asked.seeds - 1}"
+        f"{config.devices.per_round or 'all'} a round, {config.rounds} rounds; seeds 0 to {asked.seeds - 1}"
     )
     if asked.quick:
         what += "; --quick: only shows that it works, its figures mean nothing"

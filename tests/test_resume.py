@@ -35,7 +35,7 @@ TINY: dict[str, Scalar] = {
     "model.image-size": 16,
     "rounds": 4,
     "local.batch-size": 8,
-    "local.max-steps": 2,
+    "local.max-steps": 1,
 }
 
 
@@ -63,7 +63,7 @@ def tiny(**changes: Scalar) -> Config:
 
 
 def shrunk(file: Path) -> Config:
-    """A config of the repository, made small: three devices, two rounds of one step."""
+    """A config of the repository, made small: three devices, two rounds of two steps, so that a budget buys one."""
     config = load([file])
     devices = min(3, config.devices.count or 3)
     return config.replace(
@@ -73,7 +73,7 @@ def shrunk(file: Path) -> Config:
         data__partition="iid" if config.data.partition == "dirichlet" else config.data.partition,
         devices__count=devices,
         devices__per_round=min(config.devices.per_round, devices),
-        local__max_steps=1,
+        local__max_steps=2,
         local__batch_size=8,
         model__image_size=config.model.image_size or (16 if config.model.name == "fedsplit_micro" else 0),
         rounds=2,
