@@ -124,7 +124,7 @@ def test_columns(done: Path) -> None:
     ]
     assert len(table(done, "classes")) == 2 * CLASSES
     for row in table(done, "rounds"):
-        empty = {"personal_accuracy", "local_loss", "local_accuracy"}
+        empty = {"personal_accuracy", "local_loss", "local_accuracy", "workload_variance", "gradient_cosine"}
         assert all(value != "" for name, value in row.items() if name not in empty)
 
 
