@@ -127,18 +127,7 @@ def test_every_config_builds_and_takes_one_step(path: Path) -> None:
     step(config.replace(devices__count=min(2, config.devices.count or 2), devices__per_round=0))
 
 
-# Codecs of any stream meet the other pieces in the same code: one stream stands for all.
-PAIRS = list(
-    combinations(
-        [
-            (place.key, name)
-            for place in PLACES
-            for name in place.pieces
-            if place.prefix != "wire" or place.key == "wire.activations-up"
-        ],
-        2,
-    )
-)
+PAIRS = list(combinations([(place.key, name) for place in PLACES for name in place.pieces], 2))
 
 
 @pytest.mark.slow
