@@ -24,6 +24,7 @@ class Data:
     min_samples: int = knob(2, "fewest training samples a device may hold", low=1)
     long_tail: float = knob(1.0, "imbalance factor IF: class c keeps n_max * IF^(-c/(K-1)) samples; 1.0 is off", low=1.0)
     allow_missing_classes: bool = knob(False, "go on when no device holds a class of the test set")
+    classes: int = knob(0, "use only the first so many classes; 0 is all", low=0)
     limit: int = knob(0, "use only the first so many training samples; 0 is all", low=0)
     test_limit: int = knob(0, "use only the first so many test samples; 0 is all", low=0)
     resize: bool = knob(True, "scale images to the model's input size; false refuses another size")

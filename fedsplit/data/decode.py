@@ -20,15 +20,15 @@ CHUNK = 256
 ORIENTATION = 0x0112
 
 
-def chunks(blobs: Iterable[bytes | None], size: int, resize: bool, where: str) -> Iterator[Pixels]:
-    """The encoded images `blobs` as RGB arrays (up to 256, size, size, 3) uint8, in order.
+def chunks(blobs: Iterable[tuple[int, bytes | None]], size: int, resize: bool, where: str) -> Iterator[Pixels]:
+    """The encoded images `blobs`, each with its row, as RGB arrays (up to 256, size, size, 3) uint8, in order.
 
-    `where` names the source in messages; rows count from 0.
+    `where` names the source in messages.
 
     Raises:
         FedsplitError: an image that is missing, cannot be read, or has another size when `resize` is False.
     """
-    images = enumerate(blobs)
+    images = iter(blobs)
     while part := list(islice(images, CHUNK)):
         made = np.empty((len(part), size, size, 3), np.uint8)
         for slot, (row, blob) in enumerate(part):

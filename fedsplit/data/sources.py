@@ -1,14 +1,15 @@
 """Where images come from: scikit-learn's digits, a folder of Parquet files, the Hugging Face hub.
 
 Decoded pixels are cached, memory-mapped and read-only, under a name that says what decides them:
-a file's path, time and size, the image size, the limit. A hub data set goes by its name: once
+a file's path, time and size, the image size, the limits. A hub data set goes by its name: once
 decoded it needs no hub; delete the cache folder to fetch it anew.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ DIGITS_TRAIN = 1200
 def load(settings: Data, image_size: int, hollow: bool = False) -> DataSet:
     """The image set `settings.source`: `pixels` (S, image_size, image_size, 3) uint8 RGB, `labels` (S,).
 
-    `settings.limit` and `settings.test_limit` take a prefix; the classes are those of the whole set.
+    `settings.classes` leaves the first so many classes; `settings.limit` and `settings.test_limit` then take a
+    prefix, and the classes are those of the whole of it.
     A `hollow` one decodes no picture: labels and groups are true, pixels are zeros that take no memory.
 
     Raises:
@@ -68,9 +70,10 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
         share[members] = (np.arange(len(members)) + 0.5) / len(members)
     first = np.zeros(len(labels), dtype=bool)
     first[order[np.argsort(share[order], kind="stable")[:DIGITS_TRAIN]]] = True
+    classes = _first(tuple(str(digit) for digit in range(10)), settings)
 
     def part(mask: npt.NDArray[np.bool_], limit: int) -> Images:
-        rows = order[mask[order]][: limit or None]
+        rows = order[mask[order] & (labels[order] < len(classes))][: limit or None]
         if hollow:
             return Images(_blank(len(rows), size), labels[rows])
         grey = np.round(found.images[rows] * (255 / 16)).astype(np.uint8)
@@ -80,7 +83,6 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
         pixels.setflags(write=False)
         return Images(pixels, labels[rows])
 
-    classes = tuple(str(digit) for digit in range(10))
     return DataSet("digits", part(first, settings.limit), part(~first, settings.test_limit), classes)
 
 
@@ -93,7 +95,7 @@ def _folder(settings: Data, path: Path, size: int, hollow: bool) -> DataSet:
     train, classes = _split(settings, _mark(train_file), settings.limit, size, hollow, lambda: parquet.read(train_file))
     mark = (*_mark(test_file), classes)
     test, _ = _split(settings, mark, settings.test_limit, size, hollow, lambda: parquet.read(test_file, classes))
-    return DataSet(path.name, train, test, classes)
+    return DataSet(path.name, train, test, _first(classes, settings))
 
 
 def _hub(settings: Data, size: int, hollow: bool) -> DataSet:
@@ -106,7 +108,16 @@ def _hub(settings: Data, size: int, hollow: bool) -> DataSet:
 
     train, classes = _split(settings, ("hub", settings.source, "train"), settings.limit, size, hollow, lambda: read(0))
     test, _ = _split(settings, ("hub", settings.source, "test"), settings.test_limit, size, hollow, lambda: read(1))
-    return DataSet(settings.source, train, test, classes)
+    return DataSet(settings.source, train, test, _first(classes, settings))
+
+
+def _first(classes: tuple[str, ...], settings: Data) -> tuple[str, ...]:
+    """The classes that `settings.classes` leaves."""
+    if settings.classes > len(classes):
+        raise FedsplitError(
+            f"data.classes={settings.classes}, but '{settings.source}' has {len(classes)}; lower it, or set 0 for all."
+        )
+    return classes[: settings.classes or None]
 
 
 def _mark(file: Path) -> tuple[str, int, int]:
@@ -118,27 +129,32 @@ def _mark(file: Path) -> tuple[str, int, int]:
 def _split(
     settings: Data, mark: tuple[Any, ...], limit: int, size: int, hollow: bool, read: Callable[[], Raw]
 ) -> tuple[Images, tuple[str, ...]]:
-    """One split, from the cache when it is there; `read` is called only when it is not."""
+    """One split and the classes of its source, from the cache when it is there; `read` is called only when it is not."""
     folder = store.folder(settings.cache)
-    name = store.digest("images-1", *mark, limit, size, settings.resize)
+    name = store.digest("images-1", *mark, limit, size, settings.resize, *filter(None, [settings.classes]))
     arrays, pixels = (folder / f"{name}.npz", folder / f"{name}.npy") if folder else (None, None)
     if arrays and pixels and (kept := _from_cache(arrays, pixels, size)):
         return kept
     raw = read()
-    count = min(limit or len(raw.labels), len(raw.labels))
-    groups = None if raw.groups is None else raw.groups[:count]
+    wanted = raw.labels < (settings.classes or len(raw.classes))
+    rows = np.flatnonzero(wanted)[: limit or None]
+    count, labels = len(rows), raw.labels[rows]
+    groups = None if raw.groups is None else raw.groups[rows]
     if hollow:
-        return Images(_blank(count, size), raw.labels[:count], groups), raw.classes
+        return Images(_blank(count, size), labels, groups), raw.classes
     log.info("decoding %d images of %s to %d x %d pixels, once", count, raw.where, size, size)
-    chunks = decode.chunks(raw.blobs(count), size, settings.resize, raw.where)
+
+    def decoded() -> Iterator[npt.NDArray[np.uint8]]:
+        blobs = enumerate(raw.blobs(int(rows[-1]) + 1 if count else 0))
+        return decode.chunks(compress(blobs, wanted), size, settings.resize, raw.where)
+
     shape = (count, size, size, 3)
-    if arrays and pixels and store.save_stream(pixels, shape, chunks):
+    if arrays and pixels and store.save_stream(pixels, shape, decoded()):
         more = {} if groups is None else {"groups": groups}
-        store.save_arrays(arrays, labels=raw.labels[:count], classes=np.asarray(raw.classes), **more)
+        store.save_arrays(arrays, labels=labels, classes=np.asarray(raw.classes), **more)
         if kept := _from_cache(arrays, pixels, size):
             return kept
-    chunks = decode.chunks(raw.blobs(count), size, settings.resize, raw.where)
-    return Images(_in_memory(shape, chunks), raw.labels[:count], groups), raw.classes
+    return Images(_in_memory(shape, decoded()), labels, groups), raw.classes
 
 
 def _from_cache(arrays: Path, pixels: Path, size: int) -> tuple[Images, tuple[str, ...]] | None:

@@ -89,6 +89,28 @@ def test_a_limit_decodes_no_more_than_it_needs(folder: Path):
     assert "row 8" in refusal(folder)
 
 
+def test_the_first_classes_alone(folder: Path):
+    whole, some, few = load(folder), load(folder, classes=2), load(folder, classes=2, limit=3)
+    rows = whole.train.labels < 2
+    for _ in range(2):  # decoded, then from the cache
+        some = load(folder, classes=2)
+        assert some.classes == whole.classes[:2] and some.test.labels.tolist() == [0, 1, 0, 1]
+        assert np.array_equal(some.train.pixels, whole.train.pixels[rows])
+    assert few.train.labels.tolist() == [0, 1, 0] and np.array_equal(few.train.pixels, some.train.pixels[:3])
+    assert "data.classes=9" in refusal(folder, classes=9) and len(load(folder, classes=3).train) == 20
+
+
+def test_the_first_classes_of_the_digits():
+    found, whole = sources.load(Data(classes=3), 8), sources.load(Data(), 8)
+    assert found.classes == ("0", "1", "2") and set(found.test.labels.tolist()) == {0, 1, 2}
+    assert np.array_equal(found.train.pixels, whole.train.pixels[whole.train.labels < 3])
+
+
+def test_a_broken_image_is_named_by_its_row_in_the_file(folder: Path):
+    write_split(folder / "train.parquet", [*pictures(3), b"broken"], [0, 1, 1, 0], ["ant", "bee", "cow"])
+    assert "row 3" in refusal(folder, classes=1)
+
+
 @pytest.mark.parametrize("name", ["val.parquet", "validation.parquet"])
 def test_other_names_of_the_test_file(folder: Path, name: str):
     (folder / "test.parquet").rename(folder / name)
