@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from fedsplit.places import PLACES, Place
+from fedsplit.places import PLACES, STUDIES, Place
 from fedsplit.settings import Settings
 from fedsplit.types import FedsplitError, Scalar, split_names
 
@@ -51,7 +51,7 @@ class Config(Settings):
 
     def pieces(self, key: str) -> list[Any]:
         """The pieces that list key `key` names, built from their own keys, in order."""
-        place = next(place for place in PLACES if place.key == key)
+        place = next(place for place in (*PLACES, *STUDIES) if place.key == key)
         return [self._build(place, name) for name in self.names(key)]
 
     def piece(self, key: str) -> Any:
@@ -74,7 +74,7 @@ class Config(Settings):
 def keys() -> Mapping[str, Key]:
     """Every key, core first, then the pieces', in the order of their definition."""
     found = {key.name: key for key in _keys_of(Settings, "")}
-    for place in PLACES:
+    for place in (*PLACES, *STUDIES):
         for name, cls in place.pieces.items():
             for key in _keys_of(cls, f"{place.prefix}.{name}."):
                 found.setdefault(key.name, key)
@@ -207,7 +207,7 @@ def _check(key: Key, value: Any) -> Scalar:
 
 
 def _check_names(config: Config) -> None:
-    for place in PLACES:
+    for place in (*PLACES, *STUDIES):
         names = config.names(place.key)
         for name in names:
             if name not in place.pieces:

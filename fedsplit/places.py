@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit import body, control, data, front, share, tail, wire
+from fedsplit import attacks, body, control, data, front, share, tail, wire
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,5 @@ PLACES: tuple[Place, ...] = (
     Place("control.tune", "control", control.CONTROLLERS),
     Place("optimizer.schedule", "control", control.SCHEDULES, single=True),
 )
+# What a study does with a finished run: no part of a run, and of no influence on it.
+STUDIES: tuple[Place, ...] = (Place("audit.attacks", "audit", attacks.ATTACKS),)

@@ -185,6 +185,25 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """How `fedsplit audit` attacks a finished run; no part of the run itself."""
+
+    attacks: str = knob("", "attacks, comma-separated; empty is those of the suite")
+    victims: int = knob(16, "training samples that are attacked", low=2)
+    uploads: int = knob(4, "uploads of every sample that the server saw; attacks that average use all of them", low=1)
+    seeds: int = knob(1, "seeds of every attack that draws at random", low=1)
+    auxiliary: str = knob(
+        "distribution",
+        "the attacker's images: 'distribution' is the test set, 'same' the victims' own data (an upper bound), "
+        "'other' is audit.other, 'none'",
+        choices=("distribution", "same", "other", "none"),
+    )
+    other: str = knob("", "data source of audit.auxiliary=other, as data.source")
+    images: int = knob(1000, "at most so many images of the attacker's", low=16)
+    knows: str = knob("front,rest,query", "what the attacker knows beside its images: front, rest, query, hijack; comma-separated")
+
+
+@dataclass(frozen=True)
 class Engine:
     """How the work is run; none of these changes a result."""
 
@@ -220,4 +239,5 @@ class Settings:
     control: Control = field(default_factory=Control)
     devices: Devices = field(default_factory=Devices)
     eval: Eval = field(default_factory=Eval)
+    audit: Audit = field(default_factory=Audit)
     engine: Engine = field(default_factory=Engine)

@@ -27,6 +27,7 @@ from fedsplit.wire.link import Codecs
 
 DEFAULT_DEVICES = 10
 LOCAL_KEYS = ("out", "resume", "name", "eval.every")
+LOCAL_SECTIONS = ("engine.", "audit.")
 
 Indices = npt.NDArray[np.int64]
 
@@ -109,7 +110,7 @@ def world(config: Config) -> World:
     Raises:
         FedsplitError: whatever is wrong with the config, the data or the model.
     """
-    local = {name for name in config.values if name in LOCAL_KEYS or name.startswith("engine.")}
+    local = {name for name in config.values if name in LOCAL_KEYS or name.startswith(LOCAL_SECTIONS)}
     return _world(tuple(sorted((name, value) for name, value in config.values.items() if name not in local)))
 
 

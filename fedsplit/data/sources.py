@@ -129,7 +129,7 @@ def _mark(file: Path) -> tuple[str, int, int]:
 def _split(
     settings: Data, mark: tuple[Any, ...], limit: int, size: int, hollow: bool, read: Callable[[], Raw]
 ) -> tuple[Images, tuple[str, ...]]:
-    """One split and the classes of its source, from the cache when it is there; `read` is called only when it is not."""
+    """One split and the classes of its source; `read` is called only when the cache does not hold it."""
     folder = store.folder(settings.cache)
     name = store.digest("images-1", *mark, limit, size, settings.resize, *filter(None, [settings.classes]))
     arrays, pixels = (folder / f"{name}.npz", folder / f"{name}.npy") if folder else (None, None)

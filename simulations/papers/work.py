@@ -23,7 +23,7 @@ from fedsplit.progress import Silent
 from fedsplit.runs import RunFolder
 from fedsplit.runtime.inprocess import runner
 from fedsplit.types import Failure, FedsplitError, Scalar, Update
-from fedsplit.world import ghost
+from fedsplit.world import LOCAL_SECTIONS, ghost
 from papers.figures import of_tables
 from papers.scoreboard import Run
 
@@ -212,4 +212,4 @@ def _line(child: Child, summary: Summary | None, error: str) -> str:
 
 
 def _values(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    return {key: value for key, value in values.items() if key not in ASIDE and not key.startswith("engine.")}
+    return {key: value for key, value in values.items() if key not in ASIDE and not key.startswith(LOCAL_SECTIONS)}
