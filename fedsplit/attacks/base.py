@@ -16,7 +16,7 @@ from fedsplit.attacks.work import Work
 from fedsplit.types import FedsplitError
 
 Query = Callable[[Tensor, int], Tensor]
-KNOWABLE = ("front", "rest", "query", "auxiliary", "labels", "hijack")
+KNOWABLE = ("front", "body", "tail", "query", "auxiliary", "labels", "hijack")
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,25 @@ class Knowledge:
 
     `front` maps images (B, 3, height, width) in [0, 1] to what would cross the cut, (B, N, C), before
     compression and without anything random: weights, prompts and defence are known, gradients flow.
-    `rest` maps activations to logits (B, classes): body and tail. `query(images, key)` is what the server
-    would see of images, noise and compression with it; a key is a draw. `auxiliary` (A, 3, height, width) are images
-    of the attacker's own, `labels` (A,) int64 theirs. `hijack` is the clients' training, to be led astray.
+    `body` maps activations (B, N, C) to what the server sends down, (B, M, C), and `tail` that to logits
+    (B, classes). `query(images, key)` is what the server would see of images, noise and compression with it; a key
+    is a draw. `auxiliary` (A, 3, height, width) are images of the attacker's own, `labels` (A,) int64 theirs.
+    `hijack` is the clients' training, to be led astray.
     """
 
     front: Callable[[Tensor], Tensor] | None = None
-    rest: Callable[[Tensor], Tensor] | None = None
+    body: Callable[[Tensor], Tensor] | None = None
+    tail: Callable[[Tensor], Tensor] | None = None
     query: Query | None = None
     auxiliary: Tensor | None = None
     labels: Tensor | None = None
     hijack: Hijack | None = None
+
+    @property
+    def rest(self) -> Callable[[Tensor], Tensor] | None:
+        """Activations (B, N, C) to logits (B, classes): body and tail; None where either is unknown."""
+        body, tail = self.body, self.tail
+        return None if body is None or tail is None else lambda activations: tail(body(activations))
 
     def lacks(self, needs: Sequence[str]) -> list[str]:
         """Those of `needs` that it does not have."""
