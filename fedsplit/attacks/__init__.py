@@ -8,4 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-ATTACKS: dict[str, type[Any]] = {}
+from fedsplit.attacks.closed_form import ClosedForm
+from fedsplit.attacks.labels import Labels
+from fedsplit.attacks.linear import Linear
+from fedsplit.attacks.rmle import RMLE
+
+ATTACKS: dict[str, type[Any]] = {
+    "closed-form": ClosedForm,
+    "linear": Linear,
+    "rmle": RMLE,
+    "labels": Labels,
+}
