@@ -69,7 +69,7 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
     built.load(state.model)
     summary = summarise(config, built, folder)
     folder.finish(summary, built.model_state())
-    draw(folder)
+    draw(config, folder)
     progress.end(summary, folder)
     return folder.path
 
@@ -204,5 +204,5 @@ class _Loop:
         if quality is not None:
             self.folder.append("classes", class_rows(number, quality, self.world.data.classes))
         self.folder.append("units", unit_rows(self.world, number, outcome))
-        self.folder.append("choices", choice_rows(number, outcome.state.control))
+        self.folder.append("choices", choice_rows(self.config, number, outcome.state.control))
         self.folder.append("rounds", [row])

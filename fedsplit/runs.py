@@ -4,7 +4,7 @@ config.toml        every key, resolved; versions, commit, seed and threads in it
 rounds.csv         a row a round          clients.csv   a row a client and round
 ledger.csv         bytes by stream        classes.csv   accuracy by class
 units.csv          how often units of the model ran, where body.plans leaves some out
-choices.csv        what controllers chose a round, and what it brought
+choices.csv        what each controller chose a round, and what it brought
 personal.csv       a row a device: its own model at the end (with eval.per-client)
 summary.json       the figures            model.safetensors
 checkpoint/        the state after the last rounds

@@ -14,7 +14,7 @@ import torch
 from fedsplit import runs
 from fedsplit.client import learning_rate
 from fedsplit.config import Config
-from fedsplit.control import CONTROLLERS, bandit
+from fedsplit.control import steer
 from fedsplit.metrics.quality import Quality
 from fedsplit.round import Outcome
 from fedsplit.runs import RunFolder
@@ -66,8 +66,8 @@ def _column_mean(rows: Sequence[Mapping[str, str]], name: str) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def draw(folder: RunFolder) -> Path:
-    """Plot test accuracy against rounds and against bytes; returns the picture's path."""
+def draw(config: Config, folder: RunFolder) -> Path:
+    """Plot test accuracy against rounds and against bytes, and what controllers chose; returns the first's path."""
     from matplotlib.figure import Figure
 
     rows = [row for row in folder.rows("rounds") if row["accuracy"]]
@@ -84,9 +84,17 @@ def draw(folder: RunFolder) -> Path:
         axes.grid(alpha=0.3)
     path = folder.path / "accuracy.png"
     figure.savefig(path, dpi=150)
-    if choices := folder.rows("choices"):
-        bandit.draw(choices, folder.path / "choices.png")
+    draw_choices(config, folder)
     return path
+
+
+def draw_choices(config: Config, folder: RunFolder) -> None:
+    """Plot what each controller chose: choices.png, or where there are several a choices-NAME.png each."""
+    controllers, rows = steer.controllers(config), folder.rows("choices")
+    for name, piece in controllers.items():
+        if own := [row for row in rows if row["controller"] == name]:
+            picture = "choices.png" if len(controllers) == 1 else f"choices-{name}.png"
+            piece.draw([{column: row[column] for column in piece.columns} for row in own], folder.path / picture)
 
 
 def round_row(built: World, outcome: Outcome, quality: Quality | None, failures: int, wall_s: float) -> dict[str, Any]:
@@ -158,9 +166,18 @@ def unit_rows(built: World, number: int, outcome: Outcome) -> list[dict[str, Any
     return rows
 
 
-def choice_rows(number: int, control: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of choices.csv: what controllers chose in a round for each device group, and what it brought."""
-    return [row for name in CONTROLLERS for row in bandit.rows(control.get(name, {}), number)]
+def choice_rows(config: Config, number: int, control: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of choices.csv: what controllers chose in a round, and what it brought.
+
+    The columns are those of all controllers; a cell is empty where a controller has no such column.
+    """
+    controllers = steer.controllers(config)
+    empty = dict.fromkeys(("controller", *(column for piece in controllers.values() for column in piece.columns)), "")
+    return [
+        {**empty, "controller": name, **row}
+        for name, piece in controllers.items()
+        for row in piece.rows(control.get(name, {}), number)
+    ]
 
 
 def by_stream(outcome: Outcome) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsplit.control.bandit import COLUMNS, RATE, SHAPE, Bandit, draw, rows
+from fedsplit.control.bandit import COLUMNS, RATE, SHAPE, Bandit
 from fedsplit.types import FedsplitError
 
 POLICIES = ("epsilon-greedy", "ucb")
@@ -37,7 +37,7 @@ def play(
         memory = bandit.observe(memory, round, gains, [2.0] * bandit.groups)
         if json_every_round:
             memory = json.loads(json.dumps(memory, allow_nan=False))
-        table += rows(memory, round)
+        table += bandit.rows(memory, round)
     return table
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_learnt_without_a_gain_or_time(gain: float | None, seconds: f
     piece = Bandit(rates="0,0.4")
     choices, memory = piece.propose({}, 1, 1, 0)
     memory = piece.observe(memory, 1, [gain], [seconds])
-    (row,) = rows(memory, 1)
+    (row,) = piece.rows(memory, 1)
     assert row["reward"] == "" and row["rate"] == choices[0][RATE]
     json.dumps(memory, allow_nan=False)
     chosen = {piece.propose(memory, 2, 1, key)[0][0][RATE] for key in range(20)}
@@ -162,7 +162,7 @@ def test_methods_leave_the_memory_they_are_given() -> None:
     kept = copy.deepcopy(second)
     piece.propose(second, 2, 2, 0)
     assert second == kept
-    assert [row["reward"] for row in rows(second, 1)] == [0.1, 0.05]
+    assert [row["reward"] for row in piece.rows(second, 1)] == [0.1, 0.05]
 
 
 def test_a_round_proposed_again_has_one_row_a_group_and_memory_is_bounded() -> None:
@@ -171,8 +171,8 @@ def test_a_round_proposed_again_has_one_row_a_group_and_memory_is_bounded() -> N
     for round in range(1, 40):
         for attempt in (0, 1):
             choices, memory = piece.propose(memory, round, 2, attempt)
-        assert len(rows(memory, round)) == 2
-        assert [row["rate"] for row in rows(memory, round)] == [choice[RATE] for choice in choices]
+        assert len(piece.rows(memory, round)) == 2
+        assert [row["rate"] for row in piece.rows(memory, round)] == [choice[RATE] for choice in choices]
         memory = piece.observe(memory, round, [0.1, None], [1.0, 0.0])
     assert len(memory["tries"]) == 2 * (piece.window + 1)
 
@@ -206,10 +206,11 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
 
 
 def test_rows_and_their_picture(tmp_path: Path) -> None:
-    table = play(Bandit(groups=2, shapes="increasing,bell"), lambda _round, g, rate: rate * g, 12)
-    assert all(tuple(row) == COLUMNS for row in table) and len(table) == 24
+    piece = Bandit(groups=2, shapes="increasing,bell")
+    table = play(piece, lambda _round, g, rate: rate * g, 12)
+    assert all(tuple(row) == piece.columns == COLUMNS for row in table) and len(table) == 24
     table[3]["reward"] = ""
     text = [{name: str(value) for name, value in row.items()} for row in table]
-    pictures = [draw(source, tmp_path / f"{name}.png") for name, source in (("values", table), ("text", text))]
+    pictures = [piece.draw(source, tmp_path / f"{name}.png") for name, source in (("values", table), ("text", text))]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
-    assert draw([], tmp_path / "empty.png").stat().st_size > 0
+    assert piece.draw([], tmp_path / "empty.png").stat().st_size > 0

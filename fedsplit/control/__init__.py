@@ -2,7 +2,9 @@
 
 A *schedule* of the learning rate is `factor(round, rounds) -> multiplier`. A *controller* sets config keys
 for the clients of a round: `propose(memory, round, groups, key) -> (choices by group, memory)`, and
-`observe(memory, round, gains, seconds) -> memory` after it (`fedsplit.control.steer`).
+`observe(memory, round, gains, seconds) -> memory` after it (`fedsplit.control.steer`). What it chose is logged:
+`columns` names the columns of `rows(memory, round)`, one of which is `round`, and `draw(rows, path)` plots
+all of them (`fedsplit.tables`).
 """
 
 from __future__ import annotations

@@ -56,6 +56,11 @@ class Bandit:
         return (RATE, SHAPE)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of `rows`."""
+        return COLUMNS
+
+    @property
     def choices(self) -> tuple[dict[str, Scalar], ...]:
         """What it may propose for a group: the values of `keys` of every arm."""
         return tuple({RATE: rate, SHAPE: shape} for rate, shape in self.arms)
@@ -97,6 +102,53 @@ class Bandit:
             tries.append(entry)
         return {**memory, "tries": tries}
 
+    def rows(self, memory: Mapping[str, Any], round: int) -> list[dict[str, Any]]:
+        """What choices.csv says of round `round`, one row a group; what was not learnt is an empty cell."""
+        return [
+            {name: "" if entry[name] is None else entry[name] for name in COLUMNS}
+            for entry in memory.get("tries", [])
+            if entry["round"] == round
+        ]
+
+    def draw(self, rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+        """Plot rows of choices.csv (text or values): rates and rewards over rounds; returns `path`.
+
+        Colours are device groups, markers shapes; a hollow marker was not the best known arm.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+        markers = dict(zip(SHAPES, "^so*", strict=True))
+        table = sorted(rows, key=lambda row: (int(row["group"]), int(row["round"])))
+        figure = Figure(figsize=(9, 5.2), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        groups = sorted({int(row["group"]) for row in table})
+        for group in groups:
+            mine, colour = [row for row in table if int(row["group"]) == group], colours[group % len(colours)]
+            shift = 0.4 * (group - (len(groups) - 1) / 2) / len(groups)  # else equal choices hide each other
+            places = [int(row["round"]) + shift for row in mine]
+            upper.step(places, [float(row["rate"]) for row in mine], where="mid", color=colour, lw=1)
+            for place, row in zip(places, mine, strict=True):
+                look = {"color": colour, "marker": markers[row["shape"]], "ls": "", "ms": 6}
+                look["mfc"] = "white" if str(row["explored"]) == "True" else colour
+                upper.plot(place, float(row["rate"]), **look)
+                if row["reward"] not in ("", None):
+                    lower.plot(place, 100 * float(row["reward"]), **look)
+        upper.set(ylabel="dropped blocks (fraction)")
+        lower.set(xlabel="round", ylabel="reward: accuracy gain\n(% points per virtual s)")
+        lower.xaxis.get_major_locator().set_params(integer=True)
+        handles = [Line2D([], [], color=colours[g % len(colours)], label=f"group {g}") for g in groups]
+        used = [shape for shape in SHAPES if any(row["shape"] == shape for row in table)]
+        grey: dict[str, Any] = {"color": "0.4", "ls": ""}
+        handles += [Line2D([], [], marker=markers[shape], label=shape, **grey) for shape in used]
+        handles.append(Line2D([], [], marker="o", mfc="white", label="hollow: explored", **grey))
+        figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False)
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+        return path
+
     def _choose(self, known: Sequence[Mapping[str, Any]], round: int, group: int, stream: int) -> dict[str, Any]:
         """An entry of the memory: the arm of `group` and why, with nothing observed yet."""
         earned: dict[Arm, list[float]] = {arm: [] for arm in self.arms}
@@ -130,55 +182,6 @@ class Bandit:
             arm: means[arm] / scale + self.exploration * math.sqrt(math.log(tries) / len(rewards))
             for arm, rewards in earned.items()
         }
-
-
-def rows(memory: Mapping[str, Any], round: int) -> list[dict[str, Any]]:
-    """The rows of choices.csv for round `round`, one a group; what was not learnt is an empty cell."""
-    return [
-        {name: "" if entry[name] is None else entry[name] for name in COLUMNS}
-        for entry in memory.get("tries", [])
-        if entry["round"] == round
-    ]
-
-
-def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
-    """Plot the rows of choices.csv (text or values): rates and rewards over rounds; returns `path`.
-
-    Colours are device groups, markers shapes; a hollow marker was not the best known arm.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-    markers = dict(zip(SHAPES, "^so*", strict=True))
-    table = sorted(rows, key=lambda row: (int(row["group"]), int(row["round"])))
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    groups = sorted({int(row["group"]) for row in table})
-    for group in groups:
-        mine, colour = [row for row in table if int(row["group"]) == group], colours[group % len(colours)]
-        shift = 0.4 * (group - (len(groups) - 1) / 2) / len(groups)  # else equal choices hide each other
-        places = [int(row["round"]) + shift for row in mine]
-        upper.step(places, [float(row["rate"]) for row in mine], where="mid", color=colour, lw=1)
-        for place, row in zip(places, mine, strict=True):
-            look = {"color": colour, "marker": markers[row["shape"]], "ls": "", "ms": 6}
-            look["mfc"] = "white" if str(row["explored"]) == "True" else colour
-            upper.plot(place, float(row["rate"]), **look)
-            if row["reward"] not in ("", None):
-                lower.plot(place, 100 * float(row["reward"]), **look)
-    upper.set(ylabel="dropped blocks (fraction)")
-    lower.set(xlabel="round", ylabel="reward: accuracy gain\n(% points per virtual s)")
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    handles = [Line2D([], [], color=colours[g % len(colours)], label=f"group {g}") for g in groups]
-    used = [shape for shape in SHAPES if any(row["shape"] == shape for row in table)]
-    grey: dict[str, Any] = {"color": "0.4", "ls": ""}
-    handles += [Line2D([], [], marker=markers[shape], label=shape, **grey) for shape in used]
-    handles.append(Line2D([], [], marker="o", mfc="white", label="hollow: explored", **grey))
-    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False)
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsplit.body import planner
-from fedsplit.config import keys, resolve
+from fedsplit.config import Config, keys, resolve
 from fedsplit.types import FedsplitError, Scalar
 from fedsplit.world import World
 
@@ -24,11 +24,16 @@ HELD_OUT = "held-out"
 Memories = Mapping[str, dict[str, Any]]
 
 
+def controllers(config: Config) -> dict[str, Any]:
+    """The controllers that `control.tune` names, in its order."""
+    return dict(zip(config.names("control.tune"), config.pieces("control.tune"), strict=True))
+
+
 def propose(world: World, memories: Memories, number: int) -> tuple[dict[int, str], dict[str, dict[str, Any]]]:
     """The keys that every client is given in round `number`, as JSON, and the controllers' new memories."""
     chosen: dict[int, dict[str, Scalar]] = {}
     after = {name: dict(memory) for name, memory in memories.items()}
-    for name, piece in _controllers(world).items():
+    for name, piece in controllers(world.config).items():
         stream = world.key("control", name, number)
         proposals, after[name] = piece.propose(after.get(name, {}), number, piece.groups, stream)
         for client, group in enumerate(groups(world, piece.groups)):
@@ -52,7 +57,7 @@ def observe(world: World, outcome: Outcome, accuracy: float) -> dict[str, dict[s
     recovers = any(hasattr(plan, "recovers") and plan.recovers(number, world.config.rounds) for plan in plans)
     after = first({name: dict(memory) for name, memory in memories.items()}, accuracy)
     gain = accuracy - memories[HELD_OUT]["accuracy"]
-    for name, piece in _controllers(world).items():
+    for name, piece in controllers(world.config).items():
         group = groups(world, piece.groups)
         seconds = [0.0] * piece.groups
         for update, cost in zip(outcome.updates, outcome.costs, strict=True):
@@ -80,7 +85,7 @@ def check(world: World, sizes: Sequence[int]) -> None:
             clock, or more groups than devices.
     """
     config = world.config
-    for name, piece in _controllers(world).items():
+    for name, piece in controllers(world.config).items():
         for key in piece.keys:
             place = key.rpartition(".")[0].partition(".")
             named = {part for names in config.values.values() if isinstance(names, str) for part in names.split(",")}
@@ -102,8 +107,3 @@ def check(world: World, sizes: Sequence[int]) -> None:
             raise FedsplitError(
                 f"control.{name}.groups={piece.groups} is more than the {len(world.shards)} devices; lower it."
             )
-
-
-def _controllers(world: World) -> dict[str, Any]:
-    config = world.config
-    return dict(zip(config.names("control.tune"), config.pieces("control.tune"), strict=True))
