@@ -15,10 +15,11 @@ from torch import Tensor
 from fedsplit import rng
 from fedsplit.body import solve
 from fedsplit.body.ask import Ask
+from fedsplit.body.scores import METRICS as SCORES
 from fedsplit.body.solve import NEVER, Bools, Floats, Ints, Ops
 from fedsplit.types import FedsplitError, Op, knob, split_names
 
-METRICS = ("magnitude", "gradient", "fisher", "taylor", "random", "depth")
+METRICS = (*SCORES, "random", "depth")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Knapsack:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics of `ask.scores` that `plan` reads."""
-        return tuple(dict.fromkeys(name for name in (self.backward, self.forward) if name not in ("random", "depth")))
+        return tuple(dict.fromkeys(name for name in (self.backward, self.forward) if name in SCORES))
 
     @property
     def needs_gradients(self) -> bool:
