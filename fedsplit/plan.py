@@ -1,40 +1,28 @@
 """The cost account: what a config computes, holds and sends over a run, without running it.
 
 Every kind of step is taken once, by the code that a run takes it with, on tensors that have shapes and no
-values; who takes part, which steps follow and what a device has kept are counted round by round. A run's
-own figures agree with it, as long as no client fails.
+values (`fedsplit.book`); who takes part, which steps follow and what a device has kept are counted round by
+round. A run's own figures agree with it, as long as no client fails.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
-
-from fedsplit.body.planner import Planner
-from fedsplit.body.tally import Tally
-from fedsplit.client import client_compute, client_share, plan_batches, work
+from fedsplit.book import Book
+from fedsplit.client import client_share
 from fedsplit.config import Config
 from fedsplit.devices.clock import cost, round_cost
 from fedsplit.experiment import check
 from fedsplit.front.vit import can_pool_early
-from fedsplit.hollow import Hollow, HollowCache, frame_bytes
-from fedsplit.local import Choice
-from fedsplit.personal import foreseen, withheld
+from fedsplit.hollow import HollowCache
 from fedsplit.round import sample
-from fedsplit.samples import Stock
-from fedsplit.types import ORDINARY, STREAMS, FedsplitError, Job, Op, Order, Report, Stream, Tensors
-from fedsplit.wire.link import Link
-from fedsplit.world import Indices, World, ghost
+from fedsplit.types import STREAMS, FedsplitError
+from fedsplit.world import ghost
 
-# Steps that are taken on shapes for the peaks of plans that change from step to step: moments gather in turn.
-MOST_STEPS = 16
-PARAMETERS: tuple[Stream, Stream] = ("parameters-up", "parameters-down")
 SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_samples", "messages")
 
 
@@ -111,7 +99,7 @@ def account(config: Config) -> Account:
     if world.cache is not None:
         cache = HollowCache(world.cache.front, world.cache.start, config, world.data.train, world.look)
         world = replace(world, cache=cache)
-    book = _Book(world)
+    book = Book(world)
     total: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     seconds = joules = 0.0
@@ -130,7 +118,7 @@ def account(config: Config) -> Account:
     return _account(book, sent, total, seconds, joules)
 
 
-def _account(book: _Book, sent: Mapping[str, int], total: Mapping[str, int], seconds: float, joules: float) -> Account:
+def _account(book: Book, sent: Mapping[str, int], total: Mapping[str, int], seconds: float, joules: float) -> Account:
     world, (client_peak, server_peak) = book.world, book.peaks()
     return Account(
         config=world.config,
@@ -158,187 +146,3 @@ def _account(book: _Book, sent: Mapping[str, int], total: Mapping[str, int], sec
         pools=can_pool_early(world.backbone.vit),
         estimated=tuple(sorted(book.estimated)),
     )
-
-
-class _Book:
-    """Counts one client's round after another, in the order of the run."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.pieces = dict(zip(world.config.names("data.select"), world.config.pieces("data.select"), strict=True))
-        self.epochs = sum(phase.epochs for phase in world.config.pieces("local.phases"))
-        own, (up, down) = withheld(world, world.client), PARAMETERS
-        whole: Tensors = dict(world.client)
-        shared = {name: value for name, value in whole.items() if name not in own}
-        # Of each stream, the bytes of a client's first round and of its later ones.
-        self.parameters = {
-            up: (frame_bytes(world.codecs, up, shared),) * 2,
-            down: (frame_bytes(world.codecs, down, whole), frame_bytes(world.codecs, down, shared)),
-        }
-        self.estimated: set[str] = set()
-        if not foreseen(world):
-            self.estimated.add("bytes of parameters: gradients decide which blocks a client shares")
-        self._met: set[int] = set()
-        self.local = self.seen = self.stored = 0
-        self._largest = self._longest = self._load = 0
-        self._busiest: tuple[int, list[Order]] | None = None
-        self._scores: dict[int, Tensors] = {}
-        self._memory: dict[int, Tensors] = {}
-        self._held: dict[int, Any] = {}
-        self._steps: dict[tuple[int, Order], Report] = {}
-        self._sizes: dict[int, Counter[int]] = {}
-
-    def report(self, number: int, client: int) -> Report:
-        """The figures of `client` in round `number`; `local` is then its count of samples in local steps."""
-        world, job = self.world, Job(client, number, 0, b"", b"")
-        scored, kept, count = self._choose(job)
-        shard = world.shards[client]
-        self.local = self.epochs * len(shard)
-        tally = Tally(world)
-        sizes = self._steps_of(job, kept, count, tally)
-        seen = sum(size * steps for (size, _), steps in sizes.items())
-        computed = self._computed(job, self.epochs + scored, kept, seen)
-        if world.cache is not None:
-            self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
-        self.seen += seen
-        self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
-        again = client in self._met
-        self._met.add(client)
-        sent: Counter[str] = Counter({name: once[again] for name, once in self.parameters.items()})
-        messages = 2
-        for (size, order), steps in sizes.items():
-            one = self._step(size, order)
-            sent.update({name: steps * length for name, length in one.bytes.items()})
-            messages += steps * one.messages
-        report = Report(
-            steps=sum(sizes.values()),
-            kept_samples=count,
-            scored_samples=scored * len(shard),
-            computed_samples=computed,
-            bytes=sent,
-            messages=messages,
-            client_flops=client_compute(world, seen, self.local, scored * len(shard), computed),
-            server_flops=client_share(world)[1] * seen,
-        )
-        return replace(report, **tally.figures(report))
-
-    def peaks(self) -> tuple[int, int]:
-        """Peak bytes at a client and at the server, of the longest batch of either kind of step."""
-        phases = self.world.config.local.phases
-        reports = [self._probe(self._longest, [ORDINARY], local__epochs=0, local__phases=phases)]
-        if self._busiest is not None:
-            samples, orders = self._busiest
-            many = {"local__epochs": 1, "local__max_steps": len(orders), "local__phases": ""}
-            reports.append(self._probe(samples, orders, **many))
-        elif self._largest:
-            reports.append(self._step(self._largest, ORDINARY))
-        limit = self.world.config.front.cache_memory_bytes
-        # A probe keeps the front outputs of one batch, a client those of all its samples.
-        steps = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)
-        return steps + min(self.stored, limit), max(r.server_peak_bytes for r in reports)
-
-    @cached_property
-    def tokens(self) -> tuple[int, int]:
-        """Tokens and channels of an activation at the cut."""
-        size = self.world.backbone.image_size
-        with torch.no_grad():
-            _, tokens, channels = self.world.parts.front(torch.empty(1, 3, size, size, device="meta")).shape
-        return tokens, channels
-
-    def _choose(self, job: Job) -> tuple[int, Indices | None, int]:
-        """How often all samples are scored, which are kept if that can be known, and how many."""
-        memory = self._memory.setdefault(job.client, {})
-        if not any(piece.scores_model for piece in self.pieces.values()):
-            choice = Choice(self.world, job, Stock(self.world, job, {}), memory)
-            kept = choice.kept()
-            self._memory[job.client] = choice.memory
-            return 0, kept, len(kept)
-        shard = self.world.shards[job.client]
-        labels = torch.from_numpy(self.world.data.train.labels[shard])
-        fresh = {name: piece for name, piece in self.pieces.items() if name not in memory}
-        rated = max((piece.epochs for piece in fresh.values() if piece.scores_model), default=0)
-        memory |= {name: labels for name, piece in fresh.items() if piece.once}
-        count = min(piece.count(labels) for piece in self.pieces.values())
-        if len(self.pieces) > 1 and count < len(shard):
-            self.estimated.add("kept samples: at most, since several selectors are combined by 'and'")
-        return min(rated, max(1, self.epochs)), shard if count == len(shard) else None, count
-
-    def _batches(self, job: Job, count: int) -> Counter[int]:
-        """How many split steps of which batch size `count` kept samples give."""
-        if count not in self._sizes:
-            steps = plan_batches(self.world, job, np.arange(count))
-            self._sizes[count] = Counter(len(indices) for indices, _ in steps)
-        return self._sizes[count]
-
-    def _steps_of(self, job: Job, kept: Indices | None, count: int, tally: Tally) -> Counter[tuple[int, Order]]:
-        """How many split steps of which batch size and kind `count` kept samples give; `tally` counts their plans."""
-        world = self.world
-        if not world.config.names("body.plans"):
-            alike = Counter({(size, ORDINARY): steps for size, steps in self._batches(job, count).items()})
-            self._largest = max([self._largest, *(size for size, _ in alike)])
-            return alike
-        shard = world.shards[job.client]
-        batches = [indices for indices, _ in plan_batches(world, job, shard[:count] if kept is None else kept)]
-        planner = Planner(world, job, self._scores.get(job.client, {}))
-        if planner.metrics:
-            self.estimated.add("server FLOPs, peak and plans: scores decide which units run")
-        if world.config.names("control.tune"):
-            self.estimated.add("server FLOPs, peak and plans: controllers decide which units run")
-        sizes: Counter[tuple[int, Order]] = Counter()
-        orders = planner.orders(batches)
-        for step, (indices, order) in enumerate(zip(batches, orders, strict=True)):
-            planner.record(indices, order, {metric: torch.zeros(planner.shape) for metric in planner.metrics})
-            tally.count(order, len(indices))
-            load = (world.flops.total - sum(world.plan_flops.spared(order.plan))) * len(indices)
-            if load > self._load:
-                first = max(0, min(step, len(batches) - MOST_STEPS))
-                chosen = slice(first, first + MOST_STEPS)
-                samples = min(len(shard), sum(map(len, batches[chosen])))
-                self._load, self._busiest = load, (samples, orders[chosen])
-            sizes[(len(indices), _like(order))] += 1
-        self._scores[job.client] = planner.memory()
-        return sizes
-
-    def _computed(self, job: Job, passes: int, kept: Indices | None, seen: int) -> int:
-        """How many visits went through the frozen front: `passes` over all samples, then `seen` of those kept."""
-        shard, cache = self.world.shards[job.client], self.world.cache
-        if cache is None:
-            return passes * len(shard) + seen
-        fits = cache.fits(len(shard), job.client)
-        held = self._held.setdefault(job.client, np.zeros(len(shard), dtype=bool))
-        computed = 0
-        for _ in range(passes):
-            computed += int((~held).sum())
-            held |= fits
-        if held.all():
-            return computed
-        if kept is None:
-            if fits.any():
-                self.estimated.add("client FLOPs: which of the kept samples have no room for a kept front output")
-            return computed + round(seen * float((~fits).mean()))
-        for indices, _ in plan_batches(self.world, job, kept):
-            places = np.searchsorted(shard, indices)
-            computed += int((~held[places]).sum())
-            held[places] |= fits[places]
-        return computed
-
-    def _step(self, size: int, order: Order) -> Report:
-        if (size, order) not in self._steps:
-            self._steps[(size, order)] = self._probe(size, [order], local__epochs=1, local__phases="")
-        return self._steps[(size, order)]
-
-    def _probe(self, samples: int, orders: Sequence[Order], **changes: Any) -> Report:
-        """A client's round over so many samples, one step by default, on shapes; `bytes` are those of its steps."""
-        off: dict[str, Any] = {"data__select": "", "eval__per_client": False, "body__cosine": False}
-        settings = self.world.config.replace(**(off | {"local__max_steps": 1} | changes))
-        small = replace(self.world, config=settings, shards=(np.arange(samples),))
-        link = Link(self.world.codecs)
-        with Hollow():
-            report, _, _ = work(small, Job(0, 1, 0, b"", b""), link, orders=orders)
-        return replace(report, bytes=dict(link.sizes), messages=link.messages)
-
-
-def _like(order: Order) -> Order:
-    """An order of as many bytes, the same for all of them."""
-    plan = order.plan and replace(order.plan, ops=tuple((int(Op.FULL),) * len(row) for row in order.plan.ops))
-    return Order(plan and replace(plan, scale=(1.0,) * len(plan.scale)), order.probe)

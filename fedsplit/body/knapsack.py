@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -15,8 +14,9 @@ from torch import Tensor
 from fedsplit import rng
 from fedsplit.body import solve
 from fedsplit.body.ask import Ask
+from fedsplit.body.counting import NEVER, Bools, Floats, Ints, Ops, countable
 from fedsplit.body.scores import METRICS as SCORES
-from fedsplit.body.solve import NEVER, Bools, Floats, Ints, Ops
+from fedsplit.body.unit_costs import Costs
 from fedsplit.types import FedsplitError, Op, knob, split_names
 
 METRICS = (*SCORES, "random", "depth")
@@ -84,7 +84,7 @@ class Knapsack:
 
         None where all units run in full anyway: there is nothing to choose by scores.
         """
-        costs = _Costs(self, ask)
+        costs = self._costs(ask)
         return 0 if min(costs.shares) == 1 else min(self.calibrate, costs.rows_in_full)
 
     def check(self, ask: Ask) -> None:
@@ -96,7 +96,7 @@ class Knapsack:
         """
         if self.units == "head" and ask.units == 1:
             raise FedsplitError("this model's blocks cannot be sliced by heads; set body.knapsack.units=block.")
-        costs = _Costs(self, ask)
+        costs = self._costs(ask)
         if not costs.items or not ask.micro_batches:
             return
         least = int(ask.sizes.min())
@@ -125,7 +125,7 @@ class Knapsack:
         Raises:
             FedsplitError: more workers than units, or OR-Tools is needed and missing.
         """
-        costs = _Costs(self, ask)
+        costs = self._costs(ask)
         table = torch.full((ask.micro_batches, ask.depth, ask.units), int(Op.FULL), dtype=torch.int8)
         first = min(ask.probes, costs.rows_in_full)
         sizes = costs.sizes[first:]
@@ -151,10 +151,14 @@ class Knapsack:
 
     def loads(self, ask: Ask, ops: Tensor) -> Tensor:
         """What each worker's units cost under `ops` (M, L, U), over what they cost in full: (W,) float64."""
-        costs = _Costs(self, ask)
+        costs = self._costs(ask)
         spent = costs.of(ops[:, list(ask.blocks)].long().cpu())
         loads = [spent[:, units].sum() / costs.whole_of(units) for _, units in costs.dealt]
         return torch.tensor(loads, dtype=torch.float64)
+
+    def _costs(self, ask: Ask) -> Costs:
+        shares = [Fraction(text) for text in split_names(self.capacities)] or [Fraction(repr(self.budget))]
+        return Costs(ask, by=self.by, units=self.units, workers=self.workers, shares=shares)
 
     def _choose(
         self, b: Floats, a: Floats, late: Bools, weights: tuple[Ints, Ints], left: Ints, for_full: Ints, key: int
@@ -178,7 +182,7 @@ class Knapsack:
     def _missing(self) -> FedsplitError:
         return FedsplitError(f"body.knapsack.choice={self.choice} needs OR-Tools: pip install 'fedsplit[knapsack]'.")
 
-    def _counted(self, costs: _Costs) -> bool:
+    def _counted(self, costs: Costs) -> bool:
         """Whether the knapsacks of all micro-batches can be solved without OR-Tools."""
         joint = self.choice == "joint"
         for group in costs.groups():
@@ -187,16 +191,16 @@ class Knapsack:
             gains = np.ones((len(group), len(weights[0]), 2))
             gains[:, :, 1] = 1.0 if joint and self._may_forward(costs).any() else NEVER
             for pair in [weights] if joint else [[weight, weight] for weight in weights]:
-                if not solve.countable(gains, np.stack(pair, axis=1)):
+                if not countable(gains, np.stack(pair, axis=1)):
                     return False
         return True
 
-    def _for_full(self, costs: _Costs, worker: int, first: int = 0) -> int:
+    def _for_full(self, costs: Costs, worker: int, first: int = 0) -> int:
         """The part of a worker's capacity that FULL may take."""
         capacity = costs.capacity(worker, first)
         return capacity if self.choice == "joint" else math.floor((1 - Fraction(repr(self.reserve))) * capacity)
 
-    def _may_forward(self, costs: _Costs) -> Bools:
+    def _may_forward(self, costs: Costs) -> Bools:
         """Which items (N,) may run forward only."""
         if self.placement == "nowhere" or (self.choice == "joint" and self.forward_weight == 0):
             return np.zeros(costs.items, dtype=bool)
@@ -223,86 +227,3 @@ class Knapsack:
         scores = known / mean if mean > 0 else torch.ones_like(known)  # nothing known: all are worth the same
         flat: Floats = scores.flatten(1).numpy()
         return flat
-
-
-class _Costs:
-    """An ask's costs in whole numbers, of its N items: units or blocks, in the order (block, unit).
-
-    `full`, `forward` and `whole` (N,) are per sample, `whole` the share of an item in a block all in full.
-    Their unit is FLOPs over the units of a block, so that shares are whole.
-
-    With adapters a block costs something however many of its units run. Either every unit is charged as if
-    alone, or that much, `entry` (N,), is set aside for all blocks beforehand: whichever buys more. Both are
-    upper bounds.
-    """
-
-    def __init__(self, piece: Knapsack, ask: Ask) -> None:
-        self.sizes: Ints = ask.sizes.numpy().astype(np.int64)
-        self.blocks, self.per_block = len(ask.blocks), 1 if piece.units == "block" else ask.units
-        self.items = self.blocks * self.per_block
-        numbers = list(ask.blocks)
-        if piece.by == "communication":
-            full, forward, whole = (np.full(self.blocks, cost, dtype=np.int64) for cost in (2, 1, 2))
-            together = forward
-        else:
-            whole = ask.whole_flops[numbers].numpy().astype(np.int64)
-            costs = (flops[numbers].numpy().astype(np.int64) for flops in (ask.full_flops, ask.forward_flops))
-            full, forward = (cost * ask.units for cost in costs)
-            full, together = np.maximum(full, whole), np.minimum(forward, whole)
-            if piece.units == "block":
-                full, forward = whole, together
-        entry = np.zeros_like(full)
-        self.shares = [Fraction(text) for text in split_names(piece.capacities)] or [Fraction(repr(piece.budget))]
-        if piece.by == "compute" and self.per_block > 1:
-            more = -((full // ask.units - whole) // (ask.units - 1)) * ask.units  # of one more unit, rounded up
-            aside = full - more
-            least = float(min(self.shares)) * whole.sum()
-            if (aside >= 0).all() and (least - aside.sum() / ask.units) / more.sum() > least / full.sum():
-                full, entry = more, aside // ask.units
-        self.entry: Ints = np.repeat(entry, self.per_block)
-        self.together: Ints = together  # a unit's share of a block that runs forward only
-        self.full, self.forward, self.whole = (np.repeat(c, self.per_block) for c in (full, forward, whole))
-        if piece.workers > self.items and self.items:
-            raise FedsplitError(
-                f"{piece.workers} workers are more than the {self.items} {piece.units}s that the body plans; "
-                f"lower body.knapsack.workers to {self.items}, or to 0 for one each."
-            )
-        dealt = np.array_split(np.arange(self.items), piece.workers or self.items) if self.items else []
-        self.dealt: list[tuple[int, Ints]] = list(enumerate(dealt))
-        self.shares = self.shares[: max(1, len(self.dealt))]
-
-    def whole_of(self, units: Ints, rows: int | None = None) -> int:
-        """What items `units` cost all in full, in the first `rows` micro-batches."""
-        return int(self.whole[units].sum()) * int(self.sizes[:rows].sum())
-
-    def capacity(self, worker: int, first: int = 0) -> int:
-        """What a worker may spend in the round, after what is set aside for micro-batches from `first` on."""
-        units = self.dealt[worker][1]
-        aside = int(self.entry[units].sum()) * int(self.sizes[first:].sum())
-        return max(0, math.floor(self.shares[worker % len(self.shares)] * self.whole_of(units)) - aside)
-
-    @property
-    def rows_in_full(self) -> int:
-        """How many first micro-batches fit in full into every worker's capacity."""
-        spent = self.sizes.cumsum().tolist()
-        return sum(row <= math.floor(min(self.shares) * spent[-1]) for row in spent)
-
-    def groups(self) -> Iterator[list[int]]:
-        """The workers that have to choose, grouped by what their items cost."""
-        groups: dict[bytes, list[int]] = {}
-        for worker, units in self.dealt:
-            if self.shares[worker % len(self.shares)] < 1:
-                groups.setdefault(np.stack([self.full[units], self.forward[units]]).tobytes(), []).append(worker)
-        yield from groups.values()
-
-    def of(self, ops: Tensor) -> Floats:
-        """What the items cost per micro-batch, (M, N), under `ops` (M, blocks, U); less where a block runs alike."""
-        units = ops.shape[2]
-        charged = np.stack([np.zeros_like(self.full), self.forward, self.full]) + self.entry
-        alone = charged.reshape(3, self.blocks, -1)[:, :, 0]
-        alike = np.stack([np.zeros_like(self.together), self.together, self.whole.reshape(self.blocks, -1)[:, 0]])
-        table, blocks = ops.numpy(), np.arange(self.blocks)[:, None]
-        same = (table == table[:, :, :1]).all(axis=2, keepdims=True)
-        costs: Floats = np.where(same, alike[table, blocks], alone[table, blocks]).astype(np.float64)
-        items: Floats = costs.mean(axis=2) if self.per_block != units else costs.reshape(len(table), -1)
-        return items * self.sizes[:, None]
