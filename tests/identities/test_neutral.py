@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Collection
 
 import pytest
 import torch
+from covering import Piece, check_cover, covering, label, lists, together
 from small import job_of, small, tensors_of
 
 from fedsplit.client import client_round
@@ -31,9 +32,10 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
     "optimizer.schedule": {"constant": {}, "cosine": {"control.cosine.floor": 1.0}},
     **{place.key: {"half": None} for place in PLACES if place.key.startswith("wire.")},
 }
-SETTINGS = [
-    (key, name, values) for key, pieces in NEUTRAL.items() for name, values in pieces.items() if values is not None
-]
+OFF = {(key, name): values for key, its in NEUTRAL.items() for name, values in its.items() if values is not None}
+# Pieces that are refused together even when neutral, and why; of three or more, all pairs still run.
+APART: dict[frozenset[Piece], str] = {}
+SETS = covering(list(OFF), APART)
 TRAIN = "head,norms"
 
 
@@ -42,12 +44,11 @@ def trained(config: Config) -> Tensors:
     return tensors_of(client_round(built, job_of(built)))
 
 
-def with_pieces(chosen: list[tuple[str, str, dict[str, Scalar]]]) -> Config:
-    changes: dict[str, Scalar] = {}
-    for key, name, values in chosen:
-        changes |= {key.replace(".", "__"): name}
-        changes |= {name.replace(".", "__"): value for name, value in values.items()}
-    return small(train=TRAIN, local__max_steps=2, **changes)
+def with_pieces(pieces: Collection[Piece]) -> Config:
+    changes = lists(pieces)
+    for piece in pieces:
+        changes |= OFF[piece]
+    return small(train=TRAIN, local__max_steps=2, **{name.replace(".", "__"): value for name, value in changes.items()})
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +61,23 @@ def test_every_piece_says_what_is_neutral() -> None:
         assert set(NEUTRAL[place.key]) == set(place.pieces), f"say in NEUTRAL what switches a piece of {place.key} off"
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"{setting[0]}={setting[1]}")
-def test_neutral_equals_absent(setting: tuple[str, str, dict[str, Scalar]], absent: Tensors) -> None:
-    same(trained(with_pieces([setting])), absent)
+@pytest.mark.parametrize("piece", OFF, ids="=".join)
+def test_neutral_equals_absent(piece: Piece, absent: Tensors) -> None:
+    same(trained(with_pieces([piece])), absent)
 
 
-PAIRS = [(a, b) for a, b in combinations(SETTINGS, 2) if a[0] != b[0]]
+@pytest.mark.parametrize("pieces", SETS, ids=label)
+def test_neutral_pairs_equal_absent(pieces: tuple[Piece, ...], absent: Tensors) -> None:
+    together(pieces, lambda some: same(trained(with_pieces(some)), absent))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "+".join(setting[1] for setting in pair))
-def test_neutral_pairs_equal_absent(pair: tuple[tuple[str, str, dict[str, Scalar]], ...], absent: Tensors) -> None:
-    same(trained(with_pieces(list(pair))), absent)
+def test_the_sets_of_pieces_hold_every_pair() -> None:
+    check_cover(list(OFF), APART, SETS)
 
 
 def test_all_neutral_pieces_together_equal_absent(absent: Tensors) -> None:
-    last = {key: (key, name, values) for key, name, values in SETTINGS}
-    same(trained(with_pieces(list(last.values()))), absent)
+    last = {key: (key, name) for key, name in OFF}
+    same(trained(with_pieces(last.values())), absent)
 
 
 def same(one: Tensors, other: Tensors) -> None:
