@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alike import ROOT, VALUES, digest, in_process
 
 from fedsplit import experiment
-from fedsplit.config import Config, read_toml, resolve, to_toml
+from fedsplit.config import resolve, to_toml
 from fedsplit.progress import Silent
 from fedsplit.runtime import superlink
 from fedsplit.runtime.inprocess import Loop, Pool
 from fedsplit.runtime.processes import no_process_left
 from fedsplit.runtime.superlink import flwr_run
-from fedsplit.types import Scalar
-
-ROOT = Path(__file__).resolve().parents[2]
-VALUES: dict[str, Scalar] = {
-    "rounds": 2,
-    "data.limit": 150,
-    "data.test-limit": 40,
-    "data.alpha": 1.0,
-    "devices.count": 4,
-    "devices.per-round": 3,
-    "local.batch-size": 16,
-    "model.dropout": 0.1,
-    "optimizer.name": "adamw",
-    "optimizer.lr": 0.001,
-    "wire.activations-up": "half",
-}
-
-
-def digest(folder: Path) -> tuple[str, str]:
-    summary = json.loads((folder / "summary.json").read_text())
-    return summary["weights_sha256"], summary["ledger_sha256"]
-
-
-def in_process(config: Config, folder: Path) -> tuple[str, str]:
-    config = config.replace(out=str(folder))
-    return digest(experiment.run(config, Loop(config)))
 
 
 @pytest.fixture(scope="module")
@@ -83,49 +57,6 @@ def test_a_flower_run_that_goes_on_with_one_begun_in_process(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "summary.json").exists()
     flwr_run(ROOT, {"resume": str(tmp_path / "run")}, nodes=2, cwd=tmp_path)
     assert digest(tmp_path / "run") == reference
-
-
-SFPROMPT: dict[str, Scalar] = {
-    **read_toml(ROOT / "configs/papers/sfprompt.toml"),
-    "local.self-update.epochs": 2,
-    "data.el2n.once": True,
-}
-# Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
-BODY: dict[str, Scalar] = {
-    "cut.front": 1,
-    "body.plans": "knapsack,layerdrop",
-    "body.knapsack.refresh": 2,
-    "share.partial": "ptls",
-    "share.ptls.by": "gradient",
-    "control.tune": "bandit",
-    "control.bandit.rates": "0.2,0.5",
-    "data.local-test": 0.2,
-    "eval.per-client": True,
-    "devices.flops-per-s": 1e9,
-    "devices.server-flops-per-s": 1e9,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [SFPROMPT, BODY], ids=["sfprompt", "body"])
-def test_what_clients_remember_travels_with_them(method: dict[str, Scalar], tmp_path: Path) -> None:
-    """Loop, pool and Flower give the same weights, ledger, FLOPs and choices."""
-    shared = {name: VALUES[name] for name in VALUES if name.startswith(("data.", "devices."))}
-    values = {**shared, **method, "rounds": 3}
-    folders = {name: tmp_path / name for name in ("loop", "pool", "flower")}
-    configs = {name: resolve({**values, "out": str(folder)}) for name, folder in folders.items()}
-    experiment.run(configs["loop"], Loop(configs["loop"]))
-    pool = Pool(configs["pool"].replace(engine__workers=2))
-    try:
-        experiment.run(configs["pool"], pool)
-    finally:
-        pool.close()
-    flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders.values()]
-    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples", "virtual_s"):
-        assert len({summary[name] for summary in summaries}) == 1, name
-    choices = [(folder / "choices.csv").read_text() for folder in folders.values() if "control.tune" in method]
-    assert len(set(choices)) == len(choices[:1])
 
 
 @pytest.mark.slow
