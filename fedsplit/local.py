@@ -72,8 +72,8 @@ def check(world: World) -> None:
     """Whether the client can work alone as the config asks.
 
     Raises:
-        FedsplitError: no body to leave out, no tail at the client, a tail that cannot see the image, or
-            nothing at the client that trains.
+        FedsplitError: no body to leave out, no tail at the client, a tail that cannot see the image, tokens
+            that only the server can widen, or nothing at the client that trains.
     """
     config = world.config
     phases = [phase for phase in config.pieces("local.phases") if phase.epochs]
@@ -93,6 +93,11 @@ def check(world: World) -> None:
     if (phases or scorers) and world.blind:
         raise FedsplitError(
             "local.head=tail: without the body the class token has met no image at this cut; set local.head=auto."
+        )
+    if (phases or scorers) and any(name.startswith("unguard.") for name in world.server):
+        raise FedsplitError(
+            f"front.bottleneck: train='{config.train}' trains the server's half, which the client needs to read its "
+            f"own tokens for {'local.phases' if phases else 'data.select'}; name what trains without 'all' and 'body'."
         )
     if phases and not world.client:
         raise FedsplitError(f"local.phases: train='{config.train}' names nothing at the client; add 'tail'.")

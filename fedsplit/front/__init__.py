@@ -1,4 +1,4 @@
-"""The client's first part: patch embedding, prompts and first blocks.
+"""The client's first part: patch embedding, prompts, first blocks, and what guards their output.
 
 An *edit* changes the backbone at build: `edit(vit, cut, key) -> vit`, applied before the cut, so that a
 global block number means the same on both sides. A *penalty* adds a term to the loss of the front:
@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsplit.front.bottleneck import Bottleneck
+from fedsplit.front.feature_dropout import FeatureDropout
+from fedsplit.front.noise import Noise
 from fedsplit.front.prompts import Prompts
+from fedsplit.front.quantize import Quantize
+from fedsplit.front.shuffle import Shuffle
 
-EDITS: dict[str, type[Any]] = {"prompts": Prompts}
+EDITS: dict[str, type[Any]] = {
+    "prompts": Prompts,
+    "noise": Noise,
+    "feature-dropout": FeatureDropout,
+    "shuffle": Shuffle,
+    "quantize": Quantize,
+    "bottleneck": Bottleneck,
+}
 PENALTIES: dict[str, type[Any]] = {}

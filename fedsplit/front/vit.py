@@ -8,7 +8,7 @@ the cut lies, and moving the cut changes bytes and seconds, never results.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedsplit.body.ops import execute, idle
 from fedsplit.body.scores import contributions
+from fedsplit.front.guard import Guard
 from fedsplit.rng import key
 from fedsplit.types import Cut, Plan, Tensors
 
@@ -31,7 +32,8 @@ class Part(nn.Module):
 
     Call it with images `(B, 3, height, width)` if it embeds, else tokens `(B, N, C)`; it returns
     tokens, or logits `(B, classes)` if it classifies. `pools` ends it with what the classifier reads,
-    `(B, 1 or 2, C)`; `reads` says what a part that classifies is given.
+    `(B, 1 or 2, C)`; `reads` says what a part that classifies is given. One that embeds ends with the guards
+    of `fedsplit.front.guard`, one that `opens` begins with what undoes them.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Part(nn.Module):
         classifies: bool = False,
         pools: bool = False,
         reads: Reads = "tokens",
+        opens: bool = False,
     ) -> None:
         super().__init__()
         self.numbers = tuple(numbers)
@@ -50,12 +53,14 @@ class Part(nn.Module):
         self.classifies = classifies
         self.pools = pools
         self.reads = reads
-        self._shell = _shell(vit, self.numbers, embeds, classifies)
+        self._shell = _shell(vit, self.numbers, embeds, classifies, opens)
         if reads == "pooled":
             cast(Any, self._shell).global_pool = "token"  # the one token there is
         self.random = any(_is_random(module) for module in self._shell.modules())
         self.random_but_prompts = any(
-            _is_random(module) for name, module in self._shell.named_modules() if "prompt" not in name
+            _is_random(module)
+            for name, module in self._shell.named_modules()
+            if "prompt" not in name and not name.startswith("guard.")
         )
 
     def forward(self, x: Tensor, noise: int | None = None, plan: Plan | None = None, start: Start = "images") -> Tensor:
@@ -79,6 +84,9 @@ class Part(nn.Module):
             self._seed(noise, self.numbers[-1] if self.numbers else "embedding")
         prompt = self.last_prompt[1]
         x = x if prompt is None else prompt(x)
+        for name, guard in _children(self._shell, "guard"):
+            self._seed(noise, f"guard.{name}")
+            x = guard(x)
         if self.pools:
             x = pooled(self._shell, x)
         if self.classifies:
@@ -87,14 +95,23 @@ class Part(nn.Module):
         return x
 
     def begin(self, x: Tensor, noise: int | None = None, plan: Plan | None = None) -> Tensor:
-        """Tokens (B, N, C) before this part's last prompts, pooling and classifier."""
+        """Tokens (B, N, C) before this part's last prompts, guards, pooling and classifier."""
+        for tokens in self.stages(x, noise, plan):
+            x = tokens
+        return x
+
+    def stages(self, x: Tensor, noise: int | None = None, plan: Plan | None = None) -> Iterator[Tensor]:
+        """Tokens (B, N, C) that this part's first block reads, then those after each of its blocks."""
         if self.embeds:
             x = self.embed(x, noise)
             x = _prompted(self._shell.norm_pre, "prompt", x) if self.numbers else x
+        for _, undo in _children(self._shell, "unguard"):
+            x = undo(x)
+        yield x
         for number in self.numbers:
             self._seed(noise, number)
             x = run_block(self.block(number), x, plan, number)
-        return x
+            yield x
 
     def block(self, number: int) -> nn.Module:
         """The block of this global number."""
@@ -192,7 +209,7 @@ def split(vit: nn.Module, cut: Cut, pool: str = "tail") -> Parts:
     at_body = pool == "body"
     parts = Parts(
         front=Part(vit, range(cut.front), embeds=True),
-        body=Part(vit, cut.body, pools=at_body),
+        body=Part(vit, cut.body, pools=at_body, opens=True),
         tail=Part(vit, range(last, cut.depth), classifies=True, reads="pooled" if at_body else "tokens"),
     )
     parts.front.prefix -= prompts_in(parts.body)
@@ -202,7 +219,7 @@ def split(vit: nn.Module, cut: Cut, pool: str = "tail") -> Parts:
 def shortcut(vit: nn.Module, cut: Cut, parts: Parts, reads: Reads) -> Part:
     """The tail as it reads the front's own tokens, with the body left out; `reads` is one of its inputs."""
     last = cut.depth if reads == "local_head" else cut.depth - cut.tail
-    short = Part(vit, range(last, cut.depth), classifies=True, reads=reads)
+    short = Part(vit, range(last, cut.depth), classifies=True, reads=reads, opens=True)
     short.prefix = parts.front.prefix
     return short
 
@@ -247,7 +264,12 @@ def _prompted(owner: Any, place: str, x: Tensor) -> Tensor:
     return x if prompt is None else cast(Tensor, prompt(x))
 
 
-def _shell(vit: nn.Module, numbers: Sequence[int], embeds: bool, classifies: bool) -> nn.Module:
+def _children(owner: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    held = getattr(owner, name, None)
+    return iter(()) if held is None else held.named_children()
+
+
+def _shell(vit: nn.Module, numbers: Sequence[int], embeds: bool, classifies: bool, opens: bool) -> nn.Module:
     """A shallow copy of `vit` that owns only what the part needs, so that timm's methods still work."""
     shell = copy.copy(vit)
     shell._parameters = dict(vit._parameters)
@@ -260,10 +282,15 @@ def _shell(vit: nn.Module, numbers: Sequence[int], embeds: bool, classifies: boo
             shell._parameters[name] = None
         elif name in shell._modules:
             shell._modules[name] = nn.Identity()
+    for name, keeps in (("guard", embeds), ("unguard", opens)):
+        if not keeps:
+            shell._modules.pop(name, None)
     return shell
 
 
 def _is_random(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
+    if isinstance(module, Guard):
+        return module.draws
     return bool(getattr(module, "drop_prob", 0)) or type(module).__name__ == "PatchDropout"

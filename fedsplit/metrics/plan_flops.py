@@ -71,7 +71,8 @@ class PlanFlops:
         """Whether the input of each part's first block waits for a gradient."""
         front, body, _ = ([n for n, p in part.named().items() if p.requires_grad] for part in self._order)
         embeds = any(name.startswith(EMBEDDING) for name in front)
-        return embeds, bool(front), bool(front or body)
+        undone = any(name.startswith("unguard.") for name in body)  # before the body's first block
+        return embeds, bool(front) or undone, bool(front or body)
 
     @cached_property
     def _full(self) -> Plan:

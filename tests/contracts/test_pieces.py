@@ -149,6 +149,10 @@ COMMUTE: dict[tuple[str, str, str], bool] = {
     ("data.select", *pair): True  # masks combine by 'and'
     for pair in combinations(("el2n", "el2n-balanced", "entropy", "loss", "prototype", "random"), 2)
 } | {("body.plans", "knapsack", "layerdrop"): True}  # plans combine by minimum
+COMMUTE |= {  # guards act in the order of the list, on whatever prompts there are
+    ("front.edits", *pair): "prompts" in pair or pair == ("quantize", "shuffle")
+    for pair in combinations(("bottleneck", "feature-dropout", "noise", "prompts", "quantize", "shuffle"), 2)
+}
 
 
 def test_the_table_says_which_pairs_commute() -> None:

@@ -83,6 +83,9 @@ def unsplit(config: Config, make: Callable[[Any], torch.optim.Optimizer]) -> Ref
     vit.norm.register_forward_pre_hook(seed("head"))
     for number, block in enumerate(vit.blocks):
         block.register_forward_pre_hook(seed(number), prepend=True)  # before its prompts
+    for name, guard in vit.guard.named_children() if hasattr(vit, "guard") else ():
+        guard.register_forward_pre_hook(seed(f"guard.{name}"))
+        vit.guard.register_forward_hook(seed(built.cut.front))  # the block that they precede was seeded before them
     vit.train()
     trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
     optimizer = make(list(trained.values()))

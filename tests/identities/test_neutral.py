@@ -21,7 +21,14 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
         name: {f"data.{name}.keep": 1.0} for name in ("random", "el2n", "el2n-balanced", "entropy", "loss", "prototype")
     },
     "local.phases": {"self-update": {"local.self-update.epochs": 0}},
-    "front.edits": {"prompts": {"front.prompts.count": 0}},
+    "front.edits": {
+        "prompts": {"front.prompts.count": 0},
+        "noise": {"front.noise.scale": 0.0},
+        "feature-dropout": {"front.feature-dropout.keep": 1.0},
+        "shuffle": {"front.shuffle.fraction": 0.0},
+        "quantize": {"front.quantize.bits": 32},
+        "bottleneck": {"front.bottleneck.rank": 0},
+    },
     "front.penalties": {},
     "body.edits": {"lora": {}},
     "body.plans": {"knapsack": {"body.knapsack.budget": 1.0}, "layerdrop": {"body.layerdrop.rate": 0.0}},
