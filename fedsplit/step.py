@@ -79,7 +79,7 @@ class Client:
             h = self.front(batch.x, noise, plan, self.start)
             total = h.new_zeros(())
             for place, piece in enumerate(self.penalties):
-                stream = key(noise, "penalty", place)
+                stream = key(noise, "penalty", type(piece).__name__)
                 term, self.memory[place] = piece.penalty(self.front, batch.x, h, self.memory.get(place), stream)
                 total = total + term
             return h, total

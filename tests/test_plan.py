@@ -38,6 +38,7 @@ TWICE = "local.self-update.epochs=2"
 PTLS = ("share.partial=ptls", "rounds=3", "devices.per-round=2")
 PEAK = 0.1
 VIT = ("model.name=vit_tiny_patch16_224", "model.image-size=64")
+PENALTIES = "front.penalties=nopeek,lipschitz,adversary"
 RANDOM = ("body.knapsack.backward=random", "body.knapsack.forward=random", "body.knapsack.budget=0.5")
 SPLIT = ("demo", "baselines/splitfed_v1", "baselines/splitfed_v2", "baselines/sequential")
 WHOLE = tuple(f"baselines/{name}" for name in ("centralised", "fedavg", "fedpeft_lora", "fedprox", "linear_probe"))
@@ -58,7 +59,7 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     (PAPER, (TWICE, "cut.front=2", "front.prompts.at=cut", "front.prompts.side=server")),
     (PAPER, ("local.self-update.epochs=0", "local.epochs=2")),
     (PAPER, (TWICE, "cut.front=1", "front.edits=prompts,bottleneck,quantize", "front.bottleneck.rank=8")),
-    (DEMO, ("front.edits=bottleneck,noise,prompts", "body.plans=layerdrop")),
+    (DEMO, ("front.edits=bottleneck,noise,prompts", "body.plans=layerdrop", PENALTIES)),
     (DEMO, ("front.edits=bottleneck", "train=body", "body.plans=layerdrop", "body.layerdrop.keep=none")),
     (DEMO, ("body.edits=lora", "train=lora,head", "data.partition=dirichlet")),
     (DEMO, (*VIT, "model.dropout=0.1", "model.drop-path=0.2", "optimizer.name=sgd", "local.epochs=1")),

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsplit.front.adversary import Adversary
 from fedsplit.front.bottleneck import Bottleneck
 from fedsplit.front.feature_dropout import FeatureDropout
+from fedsplit.front.lipschitz import Lipschitz
 from fedsplit.front.noise import Noise
+from fedsplit.front.nopeek import NoPeek
 from fedsplit.front.prompts import Prompts
 from fedsplit.front.quantize import Quantize
 from fedsplit.front.shuffle import Shuffle
@@ -24,4 +27,4 @@ EDITS: dict[str, type[Any]] = {
     "quantize": Quantize,
     "bottleneck": Bottleneck,
 }
-PENALTIES: dict[str, type[Any]] = {}
+PENALTIES: dict[str, type[Any]] = {"nopeek": NoPeek, "lipschitz": Lipschitz, "adversary": Adversary}

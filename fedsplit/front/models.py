@@ -75,6 +75,7 @@ def create(settings: Model, classes: int, seed: int, hollow: bool = False) -> Ba
         mean, std = SHIPPED_MEAN, SHIPPED_STD
     else:
         mean, std = (tuple(vit.pretrained_cfg[name]) for name in ("mean", "std"))
+    vit.look = (mean, std)  # the parts of the model carry it: `Part.pixels`
     return Backbone(vit, vit.patch_embed.img_size[0], mean, std)
 
 

@@ -153,6 +153,11 @@ class Part(nn.Module):
         tokens: Tensor = norm(vit.patch_drop(vit._pos_embed(vit.patch_embed(x)))).contiguous()
         return tokens
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images (B, 3, height, width) between 0 and 1 of those that the part reads, whose channels are scaled."""
+        mean, std = (x.new_tensor(figures).view(1, 3, 1, 1) for figures in cast(Any, self._shell).look)
+        return x * std + mean
+
     def feature(self, x: Tensor) -> Tensor:
         """The mean patch token (B, C) of this part's output (B, N, C)."""
         return x[:, self.prefix :].mean(1)

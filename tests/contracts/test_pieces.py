@@ -153,6 +153,7 @@ COMMUTE |= {  # guards act in the order of the list, on whatever prompts there a
     ("front.edits", *pair): "prompts" in pair or pair == ("quantize", "shuffle")
     for pair in combinations(("bottleneck", "feature-dropout", "noise", "prompts", "quantize", "shuffle"), 2)
 }
+COMMUTE |= {("front.penalties", *pair): True for pair in combinations(("adversary", "lipschitz", "nopeek"), 2)}  # a sum
 
 
 def test_the_table_says_which_pairs_commute() -> None:

@@ -29,7 +29,11 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
         "quantize": {"front.quantize.bits": 32},
         "bottleneck": {"front.bottleneck.rank": 0},
     },
-    "front.penalties": {},
+    "front.penalties": {
+        "nopeek": {"front.nopeek.weight": 0.0},
+        "lipschitz": {"front.lipschitz.alpha": 0.0},
+        "adversary": {"front.adversary.beta": 0.0},
+    },
     "body.edits": {"lora": {}},
     "body.plans": {"knapsack": {"body.knapsack.budget": 1.0}, "layerdrop": {"body.layerdrop.rate": 0.0}},
     "share.merge": {"fedavg": {}, "uniform": {}},
