@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -61,3 +62,26 @@ def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
     for mode in ("full", "lora"):
         assert rows[mode, "knapsack", 0.2]["flops_ratio"] < rows[mode, "knapsack", 0.8]["flops_ratio"] < 1.0
     assert found["worst_memory_at_half"] <= found["memory_aim"]
+
+
+@pytest.mark.slow
+def test_the_attack_on_the_small_cnn_beats_the_mean_image(tmp_path: Path) -> None:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    for name, count in (("train", 60), ("test", 40)):
+        draw, cells = np.random.default_rng(count), []
+        for coarse in draw.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8):
+            buffer = io.BytesIO()
+            Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue()})
+        pq.write_table(
+            pa.table({"image": cells, "label": [i % 10 for i in range(count)]}), tmp_path / f"{name}.parquet"
+        )
+    small = ["--limit", "40", "--auxiliary", "20", "--steps", "60", "--layers", "conv11,ReLU22", "--attacks", "rmle"]
+    rows = study("inversion_cnn.py", "--data", str(tmp_path), *small)["rows"]
+    assert [(row["attack"], row["layer"]) for row in rows] == [("mean", ""), ("rmle", "conv11"), ("rmle", "ReLU22")]
+    mean, early, late = (row["psnr"] for row in rows)
+    assert mean < late < early and rows[1]["published_psnr"] == 37.59
