@@ -26,7 +26,7 @@ class ClosedForm:
     The map is probed: grey, then one image for each of the 3 p^2 input values of a patch, raised at every patch at
     once. For a bare patch embedding the map is affine and each patch's own, so the result is exact up to rounding
     where C >= 3 p^2 (else what of a patch the embedding keeps). Behind blocks, or a norm, this is its linearisation
-    about grey under equal changes of all patches: an attack of first order, weaker by block. Uploads are averaged,
+    about grey under equal changes of all patches: an attack of first order, and weak there. Uploads are averaged,
     and damped by what noise they still show: how they differ, or lie beside all that the map can make.
 
     Paper: none; Tikhonov's damped least squares on a known linear map.
