@@ -67,6 +67,21 @@ def build() -> argparse.ArgumentParser:
     plan.add_argument("--against", metavar="F.toml", help=f"config to compare with: {whole}")
     plan.add_argument("--json", action="store_true", help="one JSON document")
 
+    audit = _add(commands, "audit", _audit, "attack a finished run, and say what its activations give away")
+    audit.add_argument("run", nargs="?", help="run folder; without it, --config and the weights that it starts from")
+    audit.add_argument("--suite", default="quick", metavar="NAME", help="quick (default), standard or full")
+    _config_options(audit)
+    audit.add_argument("--out", metavar="DIR", help="folder of the audit; RUN/audit if left out")
+    gates = (
+        ("ssim", "mean SSIM of the strongest attack"),
+        ("psnr", "mean PSNR (dB) of the strongest attack"),
+        ("identified", "fraction of recognised reconstructions"),
+        ("labels", "fraction of inferred labels"),
+    )
+    for gate, what in gates:
+        audit.add_argument(f"--max-{gate}", type=float, metavar="X", help=f"exit code 3 if above X: {what}")
+    audit.add_argument("--json", action="store_true", help="one JSON document")
+
     keys = _add(commands, "keys", _keys, "list every config key: type, default, range, meaning")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
     keys.add_argument("--json", action="store_true", help="one JSON document")
@@ -153,6 +168,12 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         show(found)
     return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from fedsplit.cli.audit import carry_out
+
+    return carry_out(options)
 
 
 def _keys(options: argparse.Namespace) -> int:
