@@ -290,3 +290,21 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     work.train(config.values, "run")
     again = work.finished(run)
     assert again is not None and again["weights_sha256"] == whole["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own_is_the_same_and_may_be_killed(tmp_path: Path) -> None:
+    pairs = ["data.limit=60", "data.test-limit=20", "devices.count=2", "data.partition=iid", "local.max-steps=1"]
+    names = ("here", "there", "killed", "refused")
+    config = load([], [*pairs, "rounds=1", "cut.shape=none", "device=cpu"])
+    runs = {name: scoreboard.Run(name, "iid", 0, config.replace(out=str(tmp_path / name))) for name in names}
+    work.train(runs["here"].config.values, "here")
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused/config.toml").write_text("roundz = 1\n")
+    children = {name: work.start(runs[name]) for name in names[1:]}
+    children["killed"].process.kill()
+    ends = {name: child.ended() for name, child in children.items()}
+    assert ends["there"] == "" and ends["killed"] == "its process ended with code -9"
+    assert "did you mean 'rounds'?" in ends["refused"]
+    digests = [(work.finished(runs[name]) or {})["weights_sha256"] for name in names[:2]]
+    assert digests[0] == digests[1]
