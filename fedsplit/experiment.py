@@ -68,7 +68,7 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         folder.table("personal", own_models(built, state, folder.rows("clients")))
     built.load(state.model)
     summary = summarise(config, built, folder)
-    folder.finish(summary, built.model_state())
+    folder.finish(summary, built.model_state(), built.backbone.metadata)
     draw(config, folder)
     progress.end(summary, folder)
     return folder.path

@@ -149,9 +149,9 @@ class RunFolder:
         with file.open(newline="", encoding="utf-8") as source:
             return list(csv.DictReader(source))
 
-    def finish(self, summary: Mapping[str, Any], model: Tensors) -> None:
-        """Write the model and the summary, the summary last."""
-        _durable(self.path / "model.safetensors", pack(model))
+    def finish(self, summary: Mapping[str, Any], model: Tensors, metadata: dict[str, str] | None = None) -> None:
+        """Write the model, with what its file says of it, and the summary, the summary last."""
+        _durable(self.path / "model.safetensors", pack(model, metadata))
         write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _checkpoints(self) -> list[Path]:

@@ -80,6 +80,11 @@ class Plan:
     ops: tuple[tuple[int, ...], ...]
     scale: tuple[float, ...] = ()
 
+    def row(self, block: int) -> tuple[int, ...]:
+        """The ops of a block; one alone where all are the same, which fits a block of any number of units."""
+        ops = self.ops[block]
+        return ops[:1] if len(set(ops)) == 1 else ops
+
     def tensors(self) -> Tensors:
         """The plan as it crosses the wire: `ops` (L, U) int8, `scale` (L,) float32 where there is one."""
         ops = {"ops": torch.tensor(self.ops, dtype=torch.int8)}

@@ -27,7 +27,7 @@ from fedsplit.wire.link import Codecs
 
 DEFAULT_DEVICES = 10
 LOCAL_KEYS = ("out", "resume", "name", "eval.every")
-LOCAL_SECTIONS = ("engine.", "audit.")
+LOCAL_SECTIONS = ("engine.", "audit.", "harden.")
 
 Indices = npt.NDArray[np.int64]
 
@@ -170,7 +170,7 @@ def _build(config: Config, hollow: bool) -> World:
         initial={} if hollow else values_of({**sides[0], **sides[1]}),
         codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
         flops=_flops(config, backbone, (cut, backbone.image_size, pool, reads, start)),
-        plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape),
+        plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape, planned_blocks(config, cut)),
     )
 
 

@@ -95,7 +95,10 @@ class Knapsack:
                 in full; OR-Tools is missing.
         """
         if self.units == "head" and ask.units == 1:
-            raise FedsplitError("this model's blocks cannot be sliced by heads; set body.knapsack.units=block.")
+            raise FedsplitError(
+                "the blocks to plan cannot all be sliced into the same number of heads; set body.knapsack.units=block, "
+                "or body.scope=body where only those of a pruned front differ."
+            )
         costs = self._costs(ask)
         if not costs.items or not ask.micro_batches:
             return

@@ -10,17 +10,17 @@ from fedsplit.body.ops import dealt, runs_of, units
 METRICS = ("magnitude", "gradient", "fisher", "taylor")
 
 
-def contributions(block: nn.Module) -> dict[str, Tensor]:
+def contributions(block: nn.Module, whole: bool = False) -> dict[str, Tensor]:
     """Scores of every unit (U,) float32 on the CPU, by metric, over the entries that belong to it.
 
     "magnitude" is the sum of |w|, of frozen weights too. The others are of the gradients g that the block
     holds, zero where there is none: "gradient" the sum of |g|, "fisher" of g^2, "taylor" of |g w|. Of a
     mini-batch's mean gradient, "fisher" is the usual estimate of the diagonal empirical Fisher information,
-    not its mean over samples. A block of one unit is scored over all its parameters.
+    not its mean over samples. A block of one unit, or taken as a `whole`, is scored over all its parameters.
 
     The scores are those that D2FT (arXiv 2504.12471) names, and first-order Taylor (arXiv 1906.10771).
     """
-    count = units(block)
+    count = 1 if whole else units(block)
     parts = dealt(block) if count > 1 else {name: (p, 0, 1) for name, p in block.named_parameters()}
     scores = {metric: torch.zeros(count, dtype=torch.float64) for metric in METRICS}
     for name, (parameter, dim, groups) in parts.items():

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from fedsplit import assets
+from fedsplit.front import prune
 from fedsplit.rng import key
 from fedsplit.settings import Model
 from fedsplit.types import FedsplitError, Tensors
@@ -54,11 +55,18 @@ class Backbone:
         """The number of blocks."""
         return len(cast(nn.Sequential, self.vit.blocks))
 
+    @property
+    def metadata(self) -> dict[str, str] | None:
+        """What a file of its weights must say so that they can be loaded: the shape of a pruned model, else nothing."""
+        shape = prune.shape_of(self.vit)
+        return None if shape is None else shape.metadata()
+
 
 def create(settings: Model, classes: int, seed: int, hollow: bool = False) -> Backbone:
     """The backbone with a new classifier for `classes` classes, the same for the same seed.
 
-    A `hollow` one is on the meta device: shapes without values, and without weights of a file or the hub.
+    A checkpoint of a pruned model says its shape, which the backbone is given first. A `hollow` one is on the meta
+    device: shapes without values, and without weights of a file or the hub.
 
     Raises:
         FedsplitError: an unknown or unsupported model, an image size it cannot take, or weights
@@ -66,11 +74,16 @@ def create(settings: Model, classes: int, seed: int, hollow: bool = False) -> Ba
     """
     torch.manual_seed(key(seed, "model"))
     if hollow:
-        settings = replace(settings, pretrained=False, checkpoint="")
+        settings = replace(settings, pretrained=False)
     with torch.device("meta") if hollow else nullcontext():
         vit = _own(settings, classes) if settings.name in SHAPES else _from_timm(settings, classes)
     if settings.checkpoint:
-        load_weights(vit, Path(settings.checkpoint).expanduser())
+        path = Path(settings.checkpoint).expanduser()
+        shape = prune.read_shape(path)
+        if shape is not None:
+            prune.shape_as(vit, shape)
+        if not hollow:
+            load_weights(vit, path)
     if settings.name in SHAPES:
         mean, std = SHIPPED_MEAN, SHIPPED_STD
     else:

@@ -126,12 +126,16 @@ class Part(nn.Module):
         }
 
     def contributions(self, metrics: Sequence[str], depth: int, units: int) -> Tensors:
-        """By metric what each unit's weights and gradients say of it, (L, U) of the whole model, 0 elsewhere."""
+        """By metric what each unit's weights and gradients say of it, (L, U) of the whole model, 0 elsewhere.
+
+        A block of another number of units than U, which no plan can tell apart, has zeros.
+        """
         scores = {metric: torch.zeros(depth, units) for metric in metrics}
         for number in self.numbers:
-            found = contributions(self.block(number))
+            found = contributions(self.block(number), whole=units == 1)
             for metric in metrics:
-                scores[metric][number] = found[metric].cpu()
+                if len(found[metric]) == units:
+                    scores[metric][number] = found[metric]
         return scores
 
     @property
@@ -261,7 +265,7 @@ def run_block(block: nn.Module, x: Tensor, plan: Plan | None, number: int) -> Te
     x = _prompted(block, "prompt_before", x)
     if plan is None:
         return execute(block, x, None)
-    return execute(block, x, plan.ops[number], plan.scale[number] if plan.scale else 1.0)
+    return execute(block, x, plan.row(number), plan.scale[number] if plan.scale else 1.0)
 
 
 def _prompted(owner: Any, place: str, x: Tensor) -> Tensor:

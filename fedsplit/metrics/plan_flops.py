@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,17 +21,21 @@ class PlanFlops:
     """What blocks cost by their ops, per sample of a training step, with the parameters that now train.
 
     Every kind of block is run once per number of FULL and FORWARD units, on tensors without data. As in a
-    step, nothing runs backward below the lowest parameter that trains.
+    step, nothing runs backward below the lowest parameter that trains. `planned` are the global numbers of the
+    blocks that may be planned, all if left out.
     """
 
-    def __init__(self, vit: nn.Module, cut: Cut, image_size: int, shape: str) -> None:
+    def __init__(
+        self, vit: nn.Module, cut: Cut, image_size: int, shape: str, planned: Sequence[int] | None = None
+    ) -> None:
         self._vit, self._cut, self._image_size, self._shape = vit, cut, image_size, shape
+        self._planned = range(cut.depth) if planned is None else planned
         self._known: dict[tuple[Any, ...], tuple[int, bool]] = {}
 
     @cached_property
     def units(self) -> int:
-        """U: units of a block, 1 where blocks cannot be sliced."""
-        found = {units(block) for block in self._blocks}
+        """U: units of a planned block, 1 where those cannot be sliced or (pruned) have unequal numbers of them."""
+        found = {units(self._blocks[number]) for number in self._planned}
         return found.pop() if len(found) == 1 else 1
 
     def spared(self, plan: Plan | None) -> tuple[int, int]:
@@ -48,8 +52,8 @@ class PlanFlops:
         """Of every block, (L,) int64: one unit forward alone, one unit in full alone, all units in full."""
         found = []
         for number, low in enumerate(self._lows):
-            alone = (0,) * (self.units - 1)
-            rows = ((Op.FORWARD, *alone), (Op.FULL, *alone), (Op.FULL,) * self.units)
+            alone = (0,) * (self.units - 1) if units(self._blocks[number]) == self.units else ()
+            rows = ((Op.FORWARD, *alone), (Op.FULL, *alone), (Op.FULL,) * (1 + len(alone)))
             found.append([self._cost(number, tuple(map(int, row)), low)[0] for row in rows])
         forward, full, whole = torch.tensor(found, dtype=torch.int64).T
         return forward, full, whole
@@ -112,7 +116,7 @@ class PlanFlops:
             for number in part.numbers:
                 before = getattr(part.block(number), "prompt_before", None)
                 low = low or (before is not None and before.tokens.requires_grad)
-                flops, above = self._cost(number, plan.ops[number], low)
+                flops, above = self._cost(number, plan.row(number), low)
                 yield "server" if remote else "client", low, flops
                 low = above
 

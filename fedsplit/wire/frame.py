@@ -12,12 +12,12 @@ import safetensors.torch
 from fedsplit.types import FedsplitError, Tensors
 
 
-def pack(tensors: Tensors) -> bytes:
-    """The frame of `tensors`; no tensors give no bytes."""
+def pack(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
+    """The frame of `tensors`; no tensors give no bytes. A file may say `metadata` of them."""
     if not tensors:
         return b""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    frame: bytes = safetensors.torch.save(plain)
+    frame: bytes = safetensors.torch.save(plain, metadata)
     return frame
 
 
