@@ -204,6 +204,24 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Harden:
+    """How `fedsplit harden` prunes and trains a front offline; no part of a run."""
+
+    epochs: int = knob(20, "passes over the images while the masks train", low=0)
+    finetune_epochs: int = knob(10, "passes over the images after the removal", low=0)
+    batch_size: int = knob(64, "images per step", low=1)
+    lr: float = knob(0.0, "learning rate of the weights; 0 is optimizer.lr", low=0.0)
+    finetune_lr: float = knob(0.0, "learning rate after the removal; 0 is that before", low=0.0)
+    images: int = knob(0, "at most so many training images, drawn at random; 0 is all", low=0)
+    structures: str = knob("heads,mlp,blocks", "what trains a mask: heads, mlp (hidden units) and blocks of the front; comma-separated")
+    mask_lr: float = knob(0.01, "learning rate of the masks", low=0.0)
+    l1: float = knob(0.1, "weight of the masks' L1 norm; 0 is off", low=0.0)
+    keep_heads: float = knob(1.0, "fraction of the front's heads that stays at most; 1.0 is off", above=0.0, high=1.0)
+    keep_mlp: float = knob(1.0, "fraction of the front's MLP hidden units that stays at most; 1.0 is off", above=0.0, high=1.0)
+    keep_blocks: float = knob(1.0, "fraction of the front's blocks that stays at most; 1.0 is off", above=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
 class Engine:
     """How the work is run; none of these changes a result."""
 
@@ -240,4 +258,5 @@ class Settings:
     devices: Devices = field(default_factory=Devices)
     eval: Eval = field(default_factory=Eval)
     audit: Audit = field(default_factory=Audit)
+    harden: Harden = field(default_factory=Harden)
     engine: Engine = field(default_factory=Engine)

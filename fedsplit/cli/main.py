@@ -93,6 +93,13 @@ def build() -> argparse.ArgumentParser:
     pretrain.add_argument("--config", action="append", default=[], metavar="F.toml", help="TOML file of pretrain keys")
     pretrain.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one pretrain key")
     pretrain.add_argument("--out", help="folder of checkpoint, card and weights; an existing one is resumed")
+
+    harden = _add(
+        commands, "harden", _harden, "prune and train a front offline against inversion, for model.checkpoint"
+    )
+    _config_options(harden)
+    harden.add_argument("--out", help="folder of checkpoint, card and weights; an existing one is resumed")
+    harden.add_argument("--quiet", action="store_true", help="print only the folder's path")
     return parser
 
 
@@ -206,6 +213,13 @@ def _pretrain(options: argparse.Namespace) -> int:
     from fedsplit import pretrain
 
     print(pretrain.run(pretrain.load(options.config, options.set), options.out))
+    return 0
+
+
+def _harden(options: argparse.Namespace) -> int:
+    from fedsplit import harden
+
+    print(harden.run(harden.load(options.config, options.set), options.out, quiet=options.quiet))
     return 0
 
 
