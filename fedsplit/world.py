@@ -18,6 +18,7 @@ from fedsplit.data.partitions import deal, hold_out
 from fedsplit.data.sources import load
 from fedsplit.front import models, trainable
 from fedsplit.front.cache import FrontCache
+from fedsplit.front.prune import shape_of
 from fedsplit.front.vit import Part, Parts, Reads, Start, can_pool_early, opening, shortcut, split
 from fedsplit.metrics.flops import StepFlops, step_flops
 from fedsplit.metrics.plan_flops import PlanFlops
@@ -286,7 +287,7 @@ _COUNTED: dict[Any, StepFlops] = {}
 
 def _flops(config: Config, backbone: models.Backbone, how: tuple[Any, ...]) -> StepFlops:
     values = tuple(sorted(item for item in config.values.items() if item[0].startswith(_SHAPING)))
-    name = (values, cast(Any, backbone.vit).num_classes, how)
+    name = (values, cast(Any, backbone.vit).num_classes, shape_of(backbone.vit), how)
     if name not in _COUNTED:
         _COUNTED[name] = step_flops(backbone.vit, *how)
     return _COUNTED[name]

@@ -6,7 +6,8 @@ through a block until `off` is called. Multiplying by a mask saves nothing; `fed
 it zeroed.
 
 The soft mask and its proximal step are those of GAL (Lin et al., CVPR 2019), which the pruning of PATROL
-(arXiv 2307.10981) matches in words; GAL accelerates the step (FISTA), this one does not.
+(arXiv 2307.10981) matches in words. GAL accelerates the step (FISTA) and gives every structure the same weight; here
+it is plain, and weights are by kind, see `Masks.step`.
 """
 
 from __future__ import annotations
@@ -60,15 +61,19 @@ class Masks:
 
     @torch.no_grad()
     def step(self, lr: float, l1: float) -> None:
-        """A proximal step on the loss plus `l1` times the sum of the masks: a soft threshold, clipped at 0."""
+        """A proximal step on the loss plus the weighted L1 norm: down the gradient, soft threshold, clipped at 0.
+
+        Of n structures of a kind in a block each weighs `l1` / n in the norm and steps at rate n `lr`, since its
+        gradient is about 1 / n of that of their block: the threshold is then `lr` times `l1` for every mask.
+        """
         for mask in (mask for mask in self.values.values() if mask.requires_grad):
-            moved = mask if mask.grad is None else mask - lr * mask.grad
+            moved = mask if mask.grad is None else mask - lr * len(mask) * mask.grad
             # Soft threshold and clip at once: what is negative after the threshold would be clipped anyway.
             mask.copy_((moved - lr * l1).clamp(min=0))
 
-    def total(self) -> float:
-        """The sum of all masks, their L1 norm."""
-        return float(sum(mask.detach().sum() for mask in self.values.values()))
+    def norm(self) -> float:
+        """The weighted L1 norm of the masks that train, whose `l1`-fold `step` goes down."""
+        return float(sum(mask.detach().mean() for mask in self.values.values() if mask.requires_grad))
 
     def left(self) -> dict[str, int]:
         """By kind, how many structures are not masked out; a block that is takes its heads and hidden units along."""

@@ -53,8 +53,8 @@ def save(
     write_bytes(_file(folder), content.getvalue())
 
 
-def read(folder: Path, device: torch.device) -> tuple[Position, dict[str, Any]] | None:
-    """What `save` wrote, its tensors on `device`; None where there is none. No code in the file is run.
+def read(folder: Path) -> tuple[Position, dict[str, Any]] | None:
+    """What `save` wrote, each tensor where it was; None where there is none. No code in the file is run.
 
     Raises:
         FedsplitError: the file is no such checkpoint.
@@ -63,7 +63,7 @@ def read(folder: Path, device: torch.device) -> tuple[Position, dict[str, Any]] 
     if not file.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(file, weights_only=True)
         return Position(**json.loads(state.pop("position"))), state
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         raise FedsplitError(f"{file} is not a checkpoint of fedsplit harden; delete {folder} and start anew.") from None

@@ -14,9 +14,9 @@ from torch import Tensor
 from fedsplit.config import Config
 from fedsplit.data.batches import batches, to_batch
 from fedsplit.data.sources import load
-from fedsplit.front import models, prune, trainable
+from fedsplit.front import models, prune
 from fedsplit.front.masks import Masks
-from fedsplit.front.vit import Part, Parts, split
+from fedsplit.front.vit import Parts, split
 from fedsplit.harden import checkpoint, recipe
 from fedsplit.metrics.flops import count, counting_copy
 from fedsplit.metrics.quality import evaluate
@@ -77,7 +77,7 @@ class Training:
             for name, value in self._step(rows, key(stream, step)).items():
                 sums[name] = sums.get(name, 0.0) + value * len(rows)
         means = {name: round(total / len(self.indices), 6) for name, total in sums.items()}
-        l1 = self.config.harden.l1 * self.masks.total() if self.masks else 0.0
+        l1 = self.config.harden.l1 * self.masks.norm() if self.masks else 0.0
         row = {"epoch": number + 1, "phase": self.phase.name, **means, "l1": round(l1, 6), **self.left()}
         row["accuracy"] = round(self.accuracy(), 5)
         self.position.epoch += 1
@@ -115,11 +115,11 @@ class Training:
     def size(self) -> dict[str, Any]:
         """Parameters, and FLOPs of one image forward, of model and front; blocks of the front with their widths."""
         vit: Any = self.backbone.vit
-        ghost, side = counting_copy(vit), self.backbone.image_size
+        ghost, side = split(counting_copy(vit), self.cut), self.backbone.image_size
         image = torch.empty(1, 3, side, side, device="meta")
         with torch.no_grad():
-            tokens, front = count(lambda: Part(ghost, range(self.cut.front), embeds=True)(image))
-            _, rest = count(lambda: _rest(ghost, self.cut)(tokens))
+            tokens, front = count(lambda: ghost.front(image))
+            _, rest = count(lambda: ghost.tail(ghost.body(tokens)))
         named = self.parts.front.named()
         return {
             "parameters": sum(value.numel() for value in self._own.values()),
@@ -203,7 +203,6 @@ class Training:
         self.backbone, self.cut, self._own = backbone, cut, own
         self.parts: Parts = split(backbone.vit, cut)
         self.parts.train()
-        trainable.resolve("all", backbone.vit, self.parts)
         trained = {id(value) for value in own.values()}
         self._named = {}
         for name, parameter in backbone.vit.named_parameters():
@@ -233,7 +232,7 @@ class Training:
         self._place(backbone, cut)
 
     def _restore(self) -> bool:
-        found = checkpoint.read(self.folder, self.device)
+        found = checkpoint.read(self.folder)
         RunFolder(self.folder).trim("epochs", "epoch", found[0].epoch if found else 0)
         if found is None:
             return False
@@ -246,10 +245,6 @@ class Training:
         if state["masks"]:
             self._mask().load(state["masks"])
         return True
-
-
-def _rest(vit: Any, cut: Cut) -> Part:
-    return Part(vit, range(cut.front, cut.depth), classifies=True)
 
 
 def _at(block: Any, path: str) -> int:

@@ -144,7 +144,8 @@ def test_a_mask_step_is_a_soft_threshold_clipped_at_zero() -> None:
     masks = Masks(vit_of(), range(1), ("heads",))
     mask = masks.values["0.heads"]
     mask.data = torch.tensor([1.0, 0.5, 0.02, 0.0], dtype=torch.float64)
-    mask.grad = torch.tensor([1.0, -1.0, 0.0, -1.0], dtype=torch.float64)
+    mask.grad = torch.tensor([0.25, -0.25, 0.0, -0.25], dtype=torch.float64)  # 1 / 4 heads
+    assert masks.norm() == pytest.approx(1.52 / 4)
     masks.step(lr=0.1, l1=0.5)
     assert mask.tolist() == pytest.approx([0.85, 0.55, 0.0, 0.05]) and mask[2] == 0
     assert masks.values["0.mlp"].eq(1).all() and not masks.values["0.mlp"].requires_grad
