@@ -317,7 +317,7 @@ def test_a_folder_that_holds_something_else_is_refused(
     code, err = answer(capsys, "--out", str(tmp_path))
     assert code == 2 and "is no hardening" in err and len(err.splitlines()) == 1
     code, err = answer(capsys, "--out", str(straight), "--set", "harden.l1=0.2")
-    assert code == 2 and "another config (harden.l1 0.1, now 0.2)" in err
+    assert code == 2 and "another config (harden.l1 0.05, now 0.2)" in err
     code, err = answer(capsys, "--config", str(tmp_path / "none.toml"), "--out", str(tmp_path / "new"))
     assert code == 2 and "Cannot read the config file" in err
 

@@ -47,7 +47,6 @@ class Training:
         self.memory: dict[str, Any] = {}
         self.position = checkpoint.Position()
         backbone = models.create(config.model, len(self.data.classes), config.seed)
-        self.began_with = prune.shape_of(backbone.vit)
         self._place(backbone, address(config, backbone.depth))
         recipe.check(config, self.cut)
         if not self._restore():
