@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from small import job_of, small, tensors_of, unsplit
 from timm.layers import GluMlp
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 from fedsplit.body.ops import execute, units
+from fedsplit.client import client_round
 from fedsplit.front import prune
 from fedsplit.front.masks import Masks
 from fedsplit.front.models import create
@@ -23,6 +25,7 @@ from fedsplit.metrics.flops import count, counting_copy
 from fedsplit.settings import Model
 from fedsplit.types import Cut, FedsplitError, Op
 from fedsplit.wire.frame import pack
+from fedsplit.world import world
 
 WIDTH, HEADS, SIZE, HIDDEN = 24, 4, 6, 40
 SHAPES: dict[str, dict[str, Any]] = {
@@ -324,3 +327,21 @@ def test_split_equals_unsplit_and_a_head_left_out_equals_the_masked_one() -> Non
         twin.attn.proj.weight[:, SIZE : 2 * SIZE] = 0
         twin.mlp.fc2.weight[:, 9:18] = 0  # 27 units over 3 heads
     torch.testing.assert_close(out, twin(tokens), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_a_pruned_model_trains_split_as_unsplit(tmp_path: Path, front: int) -> None:
+    path, vit = pruned_file(tmp_path, image_size=16)
+    config = small(
+        model__name="fedsplit_nano",
+        model__image_size=16,
+        model__checkpoint=str(path),
+        model__dropout=0.1,
+        cut__front=front,
+        local__max_steps=3,
+    )
+    reference = unsplit(config, lambda parameters: torch.optim.SGD(parameters, lr=0.03, momentum=0.9))
+    trained = tensors_of(client_round(world(config), job_of(world(config))))
+    assert len(trained) == len(vit.state_dict()) and trained["blocks.0.attn.qkv.weight"].shape == (2 * 3 * 16, 48)
+    for name, value in reference.vit.named_parameters():
+        assert torch.equal(trained[name], value), name
