@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from papers import PAPERS
 from papers.figures import Results, claimed_on, judge, row
 from papers.scoreboard import Request, Run, Scoreboard, ablation_cells, main_cells, runs
 from papers.show import WIDTH, Sheet, table_of, table_of_claims
+from papers.stages import attack, found, prepare
 from papers.work import carry_out, finished, validate
 from rich.console import Console
 
@@ -145,9 +146,8 @@ def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
     wanted = {board.name: runs(board, asked) for board in boards}
     everything = [run for each in wanted.values() for run in each]
     say = partial(print, flush=True)
-    validate(everything, say)
     there = sum(finished(run) is not None for run in everything)
-    summaries, failed = carry_out(everything, jobs, say)
+    summaries, failed = run_all(everything, jobs, say)
     minutes = (time.monotonic() - begun) / 60
     rows: list[dict[str, Any]] = []
     claims: list[dict[str, Any]] = []
@@ -164,6 +164,23 @@ def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
         claims += its_claims
     print(json.dumps({"rows": rows, "claims": claims, "minutes": round(minutes, 2)}))
     return 1 if failed else 0
+
+
+def run_all(
+    everything: Sequence[Run], jobs: int, say: Callable[[str], None]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Harden, run and audit, as the runs ask; the summaries, and why the others failed, by the runs' names.
+
+    Raises:
+        FedsplitError: a run that cannot begin.
+    """
+    failed = prepare(everything, jobs, say)
+    able = [run for run in everything if run.name not in failed]
+    validate(able, say)
+    summaries, more = carry_out(able, jobs, say)
+    failed |= more | attack(able, jobs, say)
+    audited = {run.name: found(Path(run.config.out)) for run in able if run.name in summaries}
+    return {n: {**s, **audited[n]} for n, s in summaries.items() if n not in failed}, failed
 
 
 def tables(

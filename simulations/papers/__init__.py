@@ -1,6 +1,11 @@
 """The scoreboards of the papers: one file with the paper's data, and one line here."""
 
-from papers import d2ft, droppeft, sfprompt
+from papers import d2ft, droppeft, patrol, sfprompt
 from papers.scoreboard import Scoreboard
 
-PAPERS: dict[str, Scoreboard] = {"sfprompt": sfprompt.BOARD, "d2ft": d2ft.BOARD, "droppeft": droppeft.BOARD}
+PAPERS: dict[str, Scoreboard] = {
+    "sfprompt": sfprompt.BOARD,
+    "d2ft": d2ft.BOARD,
+    "droppeft": droppeft.BOARD,
+    "patrol": patrol.BOARD,
+}

@@ -49,6 +49,9 @@ FIGURES: dict[str, Measure] = {
     "virtual_speedup": speedup("virtual_s"),
     "wall_speedup": speedup("clients_s"),
     "compute_speedup": speedup("server_flops"),
+    # Of audits: what an attacker finds of this run, and how much more than of the other.
+    "ssim": lambda own, base, target: float(own["worst_ssim"]),
+    "ssim_gap": lambda own, base, target: float(own["worst_ssim"] - base["worst_ssim"]),
 }
 
 
@@ -126,7 +129,7 @@ def row(board: Scoreboard, results: Results, partition: str, arm: str) -> dict[s
         "failed": len(results.seeds) - len(done),
         **ratios,
         "bytes": mean([sent_bytes(summary) for summary in done]),
-        **{name: mean([summary[name] for summary in done if summary[name] is not None]) for name in plain},
+        **{name: mean([summary[name] for summary in done if summary.get(name) is not None]) for name in plain},
     }
 
 

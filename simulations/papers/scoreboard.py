@@ -40,7 +40,8 @@ class Arm:
     """One line of a table: a config of `configs/` with changes.
 
     `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate. Its ratios
-    are to arm `reference`; empty is the scoreboard's.
+    are to arm `reference`; empty is the scoreboard's. With `harden` it begins with the front that
+    `fedsplit harden` makes by the same pairs and these; None is the backbone as it is.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Arm:
     pairs: Pairs = ()
     tuned: Pairs = ()
     reference: str = ""
+    harden: Pairs | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Scoreboard:
     `columns` are those of its tables, names of `papers.show.COLUMNS`; `notes` stand below them. With
     `every_round` the global model is tested after every round, not the last alone: then there is a time to
     `target`, a fraction of the reference's last accuracy. --quick runs `quick_arms`, if there are any, alone.
+    `hardening` holds for every hardening. With `audit`, keys of that section, every finished run is audited.
     """
 
     name: str
@@ -109,6 +112,10 @@ class Scoreboard:
     every_round: bool = False
     target: float = 0.95
     pairs: Pairs = ()
+    hardening: Pairs = ()
+    quick_hardening: Pairs = ()
+    audit: Pairs = ()
+    quick_audit: Pairs = ()
     sizes: Sizes = field(default_factory=Sizes)
     minutes: float | None = None
 
@@ -145,12 +152,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a table: an arm on a partition with a seed."""
+    """One training run of a table: an arm on a partition with a seed; what comes before it, and how it is audited."""
 
     arm: str
     partition: str
     seed: int
     config: Config
+    hardening: Config | None = None
+    audit: Pairs = ()
 
     @property
     def name(self) -> str:
@@ -183,11 +192,15 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
     """
     refuse(board, request.pairs)
     cells = dict.fromkeys((*main_cells(board, request), *ablation_cells(board, request)))
+    audit = board.quick_audit if request.quick else board.audit
     return [
-        Run(arm, partition, seed, configure(board, request, arm, partition, seed))
+        Run(
+            arm, partition, seed, configure(board, request, arm, partition, seed),
+            hardening(board, request, arm, seed), audit,
+        )
         for seed in range(request.seeds)
         for partition, arm in cells
-    ]
+    ]  # fmt: skip
 
 
 def configure(board: Scoreboard, request: Request, arm: str, partition: str, seed: int) -> Config:
@@ -196,13 +209,43 @@ def configure(board: Scoreboard, request: Request, arm: str, partition: str, see
     Raises:
         FedsplitError: a pair that is wrong.
     """
-    chosen, sizes = board.arm(arm), board.sizes
-    size = sizes.quick if request.quick else sizes.images if request.data else sizes.digits
-    common = [f"data.source={request.data or 'digits'}", f"model.name={request.model}", f"device={request.device}"]
+    chosen = board.arm(arm)
+    size, common = scale(board, request)
+    if chosen.harden is not None:
+        common.append(f"model.checkpoint={hardened(request, arm, seed) / 'model.safetensors'}")
     fixed = [*board.partition(partition).pairs, f"seed={seed}", f"out={request.out / f'{partition}-{arm}-s{seed}'}"]
     pairs = [*size, *common, *board.pairs, *chosen.tuned, *chosen.pairs, *request.pairs, *fixed]
     config = load([CONFIGS / chosen.config], pairs)
     return config.replace(eval__every=1 if board.every_round else config.rounds)
+
+
+def hardening(board: Scoreboard, request: Request, arm: str, seed: int) -> Config | None:
+    """What `fedsplit harden` is given for an arm, if it has a hardened front; all partitions share it.
+
+    Raises:
+        FedsplitError: a pair that is wrong.
+    """
+    chosen = board.arm(arm)
+    if chosen.harden is None:
+        return None
+    common = scale(board, request)[1]
+    size = board.quick_hardening if request.quick else board.hardening
+    fixed = [f"seed={seed}", f"out={hardened(request, arm, seed)}"]
+    pairs = [*common, *board.pairs, *chosen.tuned, *chosen.pairs, *size, *chosen.harden, *fixed]
+    return load([CONFIGS / chosen.config], pairs)
+
+
+def hardened(request: Request, arm: str, seed: int) -> Path:
+    """The folder of an arm's hardened front."""
+    return request.out / f"hardened-{arm}-s{seed}"
+
+
+def scale(board: Scoreboard, request: Request) -> tuple[Pairs, list[str]]:
+    """How large the runs are, and what data, model and device are the same in all."""
+    sizes = board.sizes
+    size = sizes.quick if request.quick else sizes.images if request.data else sizes.digits
+    common = [f"data.source={request.data or 'digits'}", f"model.name={request.model}", f"device={request.device}"]
+    return size, common
 
 
 def refuse(board: Scoreboard, pairs: Sequence[str]) -> None:

@@ -30,6 +30,16 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "compute_speedup": ("compute speed", f"the server's FLOPs {TARGET}", "x"),
     "kept_samples": ("kept", "samples trained on after selection, summed over clients and rounds", "number"),
     "workload_variance": ("load variance", "of the server workers' loads, as fractions of a full load", "small"),
+    "worst_ssim": ("worst SSIM", "mean SSIM of the strongest attack's reconstructions; low is safer", "score"),
+    "worst_psnr": ("worst PSNR", "mean PSNR in dB of the strongest attack's; low is safer", "decibel"),
+    "worst_identified": (
+        "identified %",
+        "reconstructions that a classifier recognises, worst attack; low is safer",
+        "accuracy",
+    ),
+    "worst_labels_right": ("labels %", "labels inferred from gradients; low is safer", "accuracy"),
+    "ssim": ("SSIM", "mean SSIM of the strongest attack's reconstructions; low is safer", "score"),
+    "ssim_gap": ("SSIM gap", "worst SSIM less that of the other; low is safer", "gap"),
     "personal_accuracy": ("personal %", "clients' own models on their own held-out samples, last rounds", "accuracy"),
 }
 
@@ -131,6 +141,7 @@ def cell(figure: str, value: float | None) -> str:
     if value is None:
         return "-"
     form = {"%": "{:.3g} %", "x": "{:.3g}x", "points": "{:+.1f}", "number": "{:,.0f}", "small": "{:.2g}"}
+    form |= {"score": "{:.3f}", "gap": "{:+.3f}"}
     kind = COLUMNS[figure][2]
     scaled = 100 * value if kind in ("%", "accuracy") else value
     return form.get(kind, "{:.1f}").format(scaled)

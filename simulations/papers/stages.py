@@ -1,0 +1,102 @@
+"""What stands before and after a training run of a scoreboard: a hardened front, and an audit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fedsplit import audit, harden
+from fedsplit.config import resolve
+from fedsplit.runs import RunFolder
+from fedsplit.types import FedsplitError, Scalar
+from papers.scoreboard import Run
+
+Say = Callable[[str], None]
+SUITE = "quick"
+
+
+class Silent:
+    """Nobody follows."""
+
+    def attack(self, name: str, seed: int, total: int) -> None:
+        """Nothing."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def prepare(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
+    """Harden the fronts that the runs begin with, `jobs` at a time, each once; what is there stays.
+
+    Returns:
+        Why it failed, by the names of the runs that then cannot begin.
+    """
+    wanted = {run.hardening.out: run.hardening for run in runs if run.hardening is not None}
+    left = {out: config for out, config in wanted.items() if not (Path(out) / "card.md").is_file()}
+    tasks = {out: (_harden, dict(config.values)) for out, config in left.items()}
+    failed = _each(tasks, jobs, "hardened", say)
+    return {run.name: failed[run.hardening.out] for run in runs if run.hardening and run.hardening.out in failed}
+
+
+def attack(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
+    """Audit the finished runs, `jobs` at a time; what is there stays.
+
+    Returns:
+        Why it failed, by the runs' names.
+    """
+    tasks = {
+        run.name: (_audit, run.config.out, run.audit)
+        for run in runs
+        if run.audit and (Path(run.config.out) / "summary.json").is_file() and not found(Path(run.config.out))
+    }
+    return _each(tasks, jobs, "audited", say)
+
+
+def found(path: Path) -> Mapping[str, Any]:
+    """The figures of the audit in run folder `path`; empty where there is none."""
+    file = path / "audit" / "audit.json"
+    if not file.is_file():
+        return {}
+    document = json.loads(file.read_text(encoding="utf-8"))
+    return {name: value for name, value in document.items() if name.startswith("worst_")}
+
+
+def _each(tasks: Mapping[str, tuple[Any, ...]], jobs: int, word: str, say: Say) -> dict[str, str]:
+    if not tasks:
+        return {}
+    os.environ["OMP_NUM_THREADS"] = "1"  # the new processes read it when they import torch
+    failed: dict[str, str] = {}
+    begun = time.monotonic()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future[str], str] = {pool.submit(*task): name for name, task in tasks.items()}
+        for number, future in enumerate(as_completed(futures), 1):
+            name = futures[future]
+            try:
+                what = future.result()
+            except Exception as error:  # one that fails is a line of the table, and the others go on
+                what = failed[name] = str(error) if isinstance(error, FedsplitError) else repr(error)
+            left = (time.monotonic() - begun) / number * (len(tasks) - number) / 60
+            say(f"[{number:>3} of {len(tasks)} {word}] {Path(name).name:<40} {what}  about {left:.1f} min left")
+    return failed
+
+
+def _harden(values: Mapping[str, Scalar]) -> str:
+    config = resolve(values)
+    folder = harden.run(config, quiet=True)
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    return f"accuracy {100 * card['after']['accuracy']:.1f} %" if "after" in card else "done"
+
+
+def _audit(path: str, pairs: Sequence[str]) -> str:
+    target = audit.of_run(path, SUITE, pairs)
+    found = audit.run(target, RunFolder(Path(path)).path / "audit", {}, Silent())
+    return f"worst SSIM {found['worst_ssim']:.3f} ({found['worst_attack']})"

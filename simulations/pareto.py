@@ -1,0 +1,226 @@
+"""Privacy against accuracy against cost: cut depths times defences times strengths, each trained and attacked.
+
+    python simulations/pareto.py [--data FOLDER] [--cuts 0,1,2,4] [--defences noise,shuffle] [--seeds N]
+        [--out DIR] [--quick]
+
+Every point is a federated run (all of the model trains, the defence in place) and a `fedsplit audit` of it. With --out
+points that are there stay. Prints a table, writes pareto.csv and pareto.png, and one line of JSON last with `rows`:
+cut, defence, strength, accuracy, worst_ssim, client_flops, bytes, means over seeds, and whether no other point has
+lower SSIM and higher accuracy at no more client FLOPs (`front`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import paper
+from papers.figures import Results
+from papers.scoreboard import Arm, Partition, Request, Scoreboard, Sizes, runs
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.types import FedsplitError
+
+# Defence -> list key, and its strengths from weak to strong as pairs.
+DEFENCES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "none": ("", ("",)),
+    "noise": ("front.edits", ("front.noise.scale=0.3", "front.noise.scale=1", "front.noise.scale=3")),
+    "feature-dropout": (
+        "front.edits",
+        ("front.feature-dropout.keep=0.8", "front.feature-dropout.keep=0.5", "front.feature-dropout.keep=0.2"),
+    ),
+    "shuffle": ("front.edits", ("front.shuffle.fraction=0.5", "front.shuffle.fraction=1.0")),
+    "quantize": ("front.edits", ("front.quantize.bits=4", "front.quantize.bits=2", "front.quantize.bits=1")),
+    "bottleneck": ("front.edits", ("front.bottleneck.rank=32", "front.bottleneck.rank=8")),
+    "nopeek": ("front.penalties", ("front.nopeek.weight=0.3", "front.nopeek.weight=3")),
+    "lipschitz": ("front.penalties", ("front.lipschitz.alpha=0.03", "front.lipschitz.alpha=0.3")),
+    "adversary": ("front.penalties", ("front.adversary.beta=1", "front.adversary.beta=10")),
+}
+COLUMNS = ("cut", "defence", "strength", "accuracy", "worst_ssim", "client_flops", "bytes", "front", "seeds")
+
+
+def arms(cuts: Sequence[int], defences: Sequence[str]) -> tuple[Arm, ...]:
+    """An arm a point; its title is 'cut|defence|strength'."""
+    made = []
+    for cut in cuts:
+        for defence in defences:
+            key, strengths = DEFENCES[defence]
+            for number, strength in enumerate(strengths):
+                pairs = (f"cut.front={cut}", *((f"{key}={defence}", strength) if key else ()))
+                value = strength.rpartition("=")[2]
+                made.append(Arm(f"cut{cut}-{defence}-{number}", f"{cut}|{defence}|{value}", "demo.toml", pairs))
+    return tuple(made)
+
+
+def board(cuts: Sequence[int], defences: Sequence[str]) -> Scoreboard:
+    """The points as a scoreboard."""
+    every = arms(cuts, defences)
+    return Scoreboard(
+        name="pareto",
+        title="Privacy, accuracy, cost",
+        arms=every,
+        partitions=(Partition("iid", "IID", ("data.partition=iid",)),),
+        ablations=(),
+        claims=(),
+        reference=every[0].name,
+        ablated=(),
+        ablated_on=(),
+        quick_partitions=("iid",),
+        quick_ablations=(),
+        audit=("audit.victims=32",),
+        quick_audit=("audit.victims=8", "audit.images=64", "audit.attacks=closed-form,linear"),
+        sizes=Sizes(
+            images=("devices.count=10", "rounds=5", "data.limit=2000", "data.test-limit=1000", "optimizer.lr=0.001"),
+            digits=("devices.count=10", "rounds=3"),
+            quick=("devices.count=2", "rounds=1", "data.limit=100", "data.test-limit=80"),
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for and print it; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        cuts, defences = chosen(options)
+        with paper.folder(options.out) as out:
+            options.model, options.only = "fedsplit_micro", "main"
+            return study(board(cuts, defences), paper.request(options, out), options.jobs)
+    except FedsplitError as error:
+        print(f"pareto.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pareto.py: stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="one seed, few images and points: only shows that it works")
+    made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
+    made.add_argument("--cuts", default="", help="blocks at the client, comma-separated (0,1,2,4)")
+    made.add_argument("--defences", default="", help=f"comma-separated, of {', '.join(DEFENCES)} (all)")
+    made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
+    made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
+    made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of every run")
+    return made
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[int], list[str]]:
+    """Cuts and defences of the command line.
+
+    Raises:
+        FedsplitError: no number, or no defence.
+    """
+    try:
+        cuts = [int(word) for word in (options.cuts or ("1" if options.quick else "0,1,2,4")).split(",")]
+    except ValueError:
+        raise FedsplitError(f"--cuts {options.cuts} is no list of numbers; write e.g. 0,1,2.") from None
+    defences = (options.defences or ("none,noise" if options.quick else ",".join(DEFENCES))).split(",")
+    for name in defences:
+        if name not in DEFENCES:
+            raise FedsplitError(f"--defences names no '{name}'; known: {', '.join(DEFENCES)}.")
+    return cuts, defences
+
+
+def study(points: Scoreboard, asked: Request, jobs: int) -> int:
+    """Train, attack, print and write; returns the exit code."""
+    wanted = runs(points, asked)
+    summaries, failed = paper.run_all(wanted, jobs, partial(print, flush=True))
+    results = Results.of(points, wanted, summaries)
+    rows = undominated([row for arm in points.arms if (row := point(results, arm))])
+    with (asked.out / "pareto.csv").open("w", newline="", encoding="utf-8") as target:
+        writer = csv.DictWriter(target, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    if rows:
+        plot(rows, asked.out / "pareto.png")
+    show(rows)
+    for name, why in failed.items():
+        print(f"Failed: {name}: {why}")
+    print(json.dumps({"rows": rows}))
+    return 1 if failed else 0
+
+
+def point(results: Results, arm: Arm) -> dict[str, Any] | None:
+    """A row: means over the seeds that ended; None if none did."""
+    done = results.of_arm("iid", arm.name)
+    if not done:
+        return None
+    cut, defence, strength = arm.title.split("|")
+
+    def mean(*names: str) -> float:
+        return sum(float(summary[name]) for summary in done for name in names) / len(done)
+
+    return {
+        "cut": int(cut),
+        "defence": defence,
+        "strength": strength,
+        "accuracy": mean("accuracy"),
+        "worst_ssim": mean("worst_ssim"),
+        "client_flops": mean("client_flops"),
+        "bytes": mean("bytes_up", "bytes_down"),
+        "seeds": len(done),
+    }
+
+
+def undominated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `front`: no other is at least as good in accuracy, SSIM and client FLOPs, and better in one."""
+
+    def figures(row: dict[str, Any]) -> tuple[float, float, float]:
+        return -row["accuracy"], row["worst_ssim"], row["client_flops"]
+
+    def beaten(row: dict[str, Any]) -> bool:
+        mine = figures(row)
+        return any(
+            all(a <= b for a, b in zip(figures(other), mine, strict=True)) and figures(other) != mine for other in rows
+        )
+
+    return [{**row, "front": not beaten(row)} for row in rows]
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="Privacy (worst SSIM, low is safer) against accuracy and cost; * no other point is better")
+    for name in ("cut", "defence", "strength", "accuracy %", "worst SSIM", "client GFLOPs", "MB", ""):
+        table.add_column(name, justify="left" if name == "defence" else "right")
+    for row in rows:
+        table.add_row(
+            str(row["cut"]), row["defence"], row["strength"],
+            f"{100 * row['accuracy']:.1f}", f"{row['worst_ssim']:.3f}",
+            f"{row['client_flops'] / 1e9:.1f}", f"{row['bytes'] / 1e6:.1f}", "*" if row["front"] else "",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against worst SSIM; colours are defences, numbers cut depths, rings undominated points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, defence in enumerate(dict.fromkeys(row["defence"] for row in rows)):
+        mine = [row for row in rows if row["defence"] == defence]
+        x, y = [row["worst_ssim"] for row in mine], [100 * row["accuracy"] for row in mine]
+        axes.scatter(x, y, color=f"C{number}", label=defence, s=28)
+        for row, a, b in zip(mine, x, y, strict=True):
+            axes.annotate(str(row["cut"]), (a, b), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            if row["front"]:
+                axes.scatter([a], [b], facecolors="none", edgecolors="0.2", s=90)
+    axes.axvline(0.3, color="0.6", lw=0.8, ls="--")
+    axes.set(xlabel="worst-attack SSIM (low is safer; dashed: 0.3)", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
