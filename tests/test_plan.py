@@ -60,7 +60,6 @@ CASES: list[tuple[str, tuple[str, ...]]] = [
     (PAPER, ("local.self-update.epochs=0", "local.epochs=2")),
     (PAPER, (TWICE, "cut.front=1", "front.edits=prompts,bottleneck,quantize", "front.bottleneck.rank=8")),
     (DEMO, ("front.edits=bottleneck,noise,prompts", "body.plans=layerdrop", PENALTIES)),
-    (DEMO, ("front.edits=bottleneck", "train=body", "body.plans=layerdrop", "body.layerdrop.keep=none")),
     (DEMO, ("body.edits=lora", "train=lora,head", "data.partition=dirichlet")),
     (DEMO, (*VIT, "model.dropout=0.1", "model.drop-path=0.2", "optimizer.name=sgd", "local.epochs=1")),
     (DEMO, ("local.epochs=0",)),

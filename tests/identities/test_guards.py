@@ -23,7 +23,7 @@ from fedsplit.front.quantize import Quantize, Round
 from fedsplit.front.shuffle import Permute, Shuffle
 from fedsplit.front.vit import Parts, split
 from fedsplit.settings import Model
-from fedsplit.types import Cut, FedsplitError, Scalar
+from fedsplit.types import Cut, FedsplitError, Op, Plan, Scalar
 from fedsplit.world import world
 
 GUARDS = tuple(name for name in EDITS if name != "prompts")
@@ -169,6 +169,14 @@ def test_the_flops_of_the_bottleneck_are_its_products(train: str, front: int, bo
     flops = world(small(**NANO, train=train, front__edits="bottleneck")).flops
     one = 2 * 64 * 48 * 32
     assert (flops.front - wide.front, flops.body - wide.body) == (front * one, body * one)
+
+
+@pytest.mark.parametrize("train, up", [("all", 3), ("body", 2)])
+def test_plans_know_that_a_trained_half_waits_below_the_first_block(train: str, up: int) -> None:
+    built = world(small(**NANO, train=train, front__edits="bottleneck"))
+    _, server = built.plan_flops.spared(Plan(((Op.SKIP,),) * 3))
+    assert built.flops.body - server == up * 2 * 64 * 48 * 32, "all that the body does besides its blocks"
+    assert built.plan_flops._starts[1], "which tells in blocks without a norm at their input"
 
 
 def test_each_half_of_the_bottleneck_trains_at_its_side() -> None:
