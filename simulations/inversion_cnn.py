@@ -201,9 +201,9 @@ def attacks(options: Any, layer: str) -> dict[str, Any]:
             tv = TV.get(layer, 0.0) if options.tv is None else options.tv
             found[name] = ATTACKS[name](steps=options.steps, lr=options.lr, tv=tv)
         else:
-            found[name] = ATTACKS[name]()
-            if options.quick and any(field.name == "steps" for field in dataclasses.fields(found[name])):
-                found[name] = dataclasses.replace(found[name], steps=options.steps)
+            less = {"steps": options.steps, "epochs": 2} if options.quick else {}
+            known = {field.name for field in dataclasses.fields(ATTACKS[name])}
+            found[name] = ATTACKS[name](**{knob: value for knob, value in less.items() if knob in known})
     return found
 
 
