@@ -39,17 +39,23 @@ class Work:
         steps: int,
         make: Callable[[list[Tensor]], torch.optim.Optimizer],
         after: Callable[[], None] | None = None,
+        rate: Callable[[int], float] | None = None,
     ) -> None:
         """Take `steps` steps down `loss(step)` over `parameters`, in place, with the optimiser that `make` makes.
 
         `loss` must depend on the parameters and the step alone, all its draws by a key of the step: a descent that
         was interrupted then ends where it would have. `after` is called after every step, e.g. to clamp.
+        `rate(step)` is the factor of the learning rate in that step.
         """
         stage, self._stage = self._stage, self._stage + 1
         leaves = list(parameters.values())
         optimizer = make(leaves)
+        full = [group["lr"] for group in optimizer.param_groups]
         first = self._resume(stage, parameters, optimizer)
         for step in range(first, steps):
+            if rate is not None:
+                for group, lr in zip(optimizer.param_groups, full, strict=True):
+                    group["lr"] = lr * rate(step)
             optimizer.zero_grad()
             value = loss(step)
             value.backward()
@@ -61,6 +67,14 @@ class Work:
                 self._keep(stage, step + 1, parameters, optimizer)
         if self.path is not None and first < steps:
             self._keep(stage, steps, parameters, optimizer)
+        self.spent += steps
+
+    def repeat(self, what: str, steps: int, act: Callable[[int], None]) -> None:
+        """Call `act(step)` `steps` times: for what cannot go on where it stopped, and starts over."""
+        self._stage += 1
+        for step in range(steps):
+            act(step)
+            self.heard(what, step + 1, steps)
         self.spent += steps
 
     def _resume(self, stage: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
