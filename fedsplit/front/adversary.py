@@ -70,7 +70,7 @@ class Adversary:
             memory = self._learn(net, h.detach(), target, memory)
             if int(memory["age"]) <= self.warmup:
                 return h.new_zeros(()), memory
-            return self.beta * self._term(functional_call(net, _weights(memory), (h,)), target), memory
+            return self.beta * self._term(_guess(net, _weights(memory), h), target), memory
 
     def _decoder(self, front: Part, x: Tensor, h: Tensor) -> nn.Module:
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
@@ -91,7 +91,7 @@ class Adversary:
                 done = memory["age"].float() * self.steps
                 optimizer.state[leaf] = dict(zip(("exp_avg", "exp_avg_sq", "step"), (*moments, done), strict=True))
         for _ in range(self.steps):
-            error = (functional_call(net, leaves, (h,)) - target).square().mean()
+            error = (_guess(net, leaves, h) - target).square().mean()
             for leaf, gradient in zip(leaves.values(), torch.autograd.grad(error, list(leaves.values())), strict=True):
                 leaf.grad = gradient
             optimizer.step()
@@ -115,6 +115,12 @@ class Adversary:
             ) from None
         likeness: Any = ssim(guess, target, data_range=1.0)
         return torch.relu(likeness - self.threshold)
+
+
+def _guess(net: nn.Module, weights: Tensors, h: Tensor) -> Tensor:
+    """Images in [0, 1]: a decoder's output has no bounds, and is 0 at first, here grey."""
+    guess: Tensor = torch.sigmoid(functional_call(net, weights, (h,)))
+    return guess
 
 
 def _start(net: nn.Module) -> Tensors:

@@ -69,7 +69,9 @@ def classify(tokens: Tensor) -> Tensor:
 
 
 def knows(**granted: Any) -> Knowledge:
-    """What an attacker knows, by field of `Knowledge`."""
+    """What an attacker knows, by field of `Knowledge`; `rest` is body and tail at once."""
+    if "rest" in granted:
+        granted |= {"body": granted.pop("rest"), "tail": lambda logits: logits}
     return Knowledge(**granted)
 
 

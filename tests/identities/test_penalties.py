@@ -160,7 +160,7 @@ def error(memory: Tensors, h: Tensor) -> float:
     net = decoder("conv", (16, 48), 0, SHAPE, 8)
     weights = {name.partition("|")[2]: value for name, value in memory.items() if name.startswith("weight|")}
     with torch.no_grad():
-        return float((functional_call(net, weights, (h,)) - SMOOTH).square().mean())
+        return float((functional_call(net, weights, (h,)).sigmoid() - SMOOTH).square().mean())
 
 
 def follow(piece: Adversary, h: Tensor, calls: int) -> tuple[list[float], Tensors]:
