@@ -127,7 +127,7 @@ def arguments() -> Any:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train.parquet and test.parquet of CIFAR-10")
-    parser.add_argument("--quick", action="store_true", help="less training, 4 images, 200 steps")
+    parser.add_argument("--quick", action="store_true", help="less training, 4 images, 400 steps")
     parser.add_argument("--images", type=int, help="test images under attack (8)")
     parser.add_argument("--steps", type=int, help="steps of the optimisation (5000, as published)")
     parser.add_argument("--layers", default=",".join(LAYERS), help="comma-separated")
