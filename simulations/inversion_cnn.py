@@ -145,8 +145,8 @@ def arguments() -> Any:
     options = parser.parse_args()
     usual = {
         "images": (8, 4),
-        "steps": (5000, 200),
-        "limit": (10000, 1000),
+        "steps": (5000, 400),
+        "limit": (10000, 3000),
         "epochs": (3, 1),
         "auxiliary": (10000, 500),
     }

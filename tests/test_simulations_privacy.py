@@ -1,0 +1,30 @@
+"""The studies of privacy run with `--quick`: harden, train, attack."""
+
+from __future__ import annotations
+
+import pytest
+from test_simulations import study
+
+LESS = ["--set", "data.limit=100", "--set", "data.test-limit=60"]
+
+
+@pytest.mark.slow
+def test_the_scoreboard_of_patrol_hardens_trains_and_attacks() -> None:
+    found = study("paper.py", "patrol", *LESS)
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert set(rows) == {"patrol-none", "patrol-full", "patrol-noise"} and not any(r["failed"] for r in rows.values())
+    assert rows["patrol-full"]["client_flops_ratio"] <= 1.0, "four blocks of half the width are two"
+    assert rows["patrol-noise"]["worst_ssim"] < rows["patrol-none"]["worst_ssim"] <= 1
+    judged = {claim["figure"] for claim in found["claims"]}
+    assert judged == {"ssim", "accuracy_points", "client_flops_ratio", "ssim_gap"}
+    assert all(claim["ours"] is not None for claim in found["claims"])
+
+
+@pytest.mark.slow
+def test_points_of_privacy_against_accuracy() -> None:
+    rows = study("pareto.py", *LESS, "--cuts", "0,2")["rows"]
+    assert [(row["cut"], row["defence"]) for row in rows] == [(c, d) for c in (0, 2) for d in ("none", *["noise"] * 3)]
+    bare, noisy = rows[0], rows[3]
+    assert bare["worst_ssim"] > 0.98, "patches are solved for exactly"
+    assert noisy["worst_ssim"] < bare["worst_ssim"] and rows[4]["client_flops"] > bare["client_flops"]
+    assert any(row["front"] for row in rows)
