@@ -21,6 +21,7 @@ from fedsplit.types import knob
 CHUNK = 250
 FAR = 30.0
 STILL = 1e-6
+MOVED = 0.1
 
 Net = TypeVar("Net", bound=nn.Module)
 Pairs = Callable[[int], tuple[Tensor, Tensor]]
@@ -69,22 +70,29 @@ class Scale:
 class Fit:
     """The knobs of an attack that trains a decoder."""
 
-    decoder: str = knob("conv", "the network: " + ", ".join(KINDS), choices=KINDS)
+    decoder: str = knob(
+        "auto",
+        "the network: auto is slots where queries show that tokens come in no order, else conv",
+        choices=("auto", *KINDS),
+    )
     epochs: int = knob(30, "passes over the attacker's images", low=1)
     lr: float = knob(0.001, "learning rate of Adam at first; it falls to 0 as a cosine", above=0.0)
     batch: int = knob(32, "images a step", low=1)
     width: int = knob(64, "channels of the decoder, a multiple of 32", low=32)
 
-    def fit(self, pairs: Pairs, draws: int, transcript: Transcript, key: int, work: Work) -> Callable[[Tensor], Tensor]:
+    def fit(
+        self, pairs: Pairs, draws: int, transcript: Transcript, key: int, work: Work, shuffled: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         """A decoder of activations (S, N, C) to images (S, 3, height, width) in [0, 1], fitted to `pairs`.
 
         `pairs(draw)` are images (A, 3, height, width) and their features (A, N, C); epochs go through draws 0 to
         `draws - 1` in turn, and the first says the scale. The network learns what the best linear map leaves.
         """
         images, features = pairs(0)
-        prefix, ordered = transcript.tokens, self.decoder != "slots"
+        kind = self.decoder if self.decoder != "auto" else "slots" if shuffled else "conv"
+        prefix, ordered = transcript.tokens, kind != "slots"
         tokens = (features.shape[1], features.shape[2])
-        net = drawn(lambda: decoder(self.decoder, tokens, prefix, transcript.shape, self.width), key, features)
+        net = drawn(lambda: decoder(kind, tokens, prefix, transcript.shape, self.width), key, features)
         if ordered:
             scale, line = _best(features, images, prefix)
         else:
@@ -107,7 +115,7 @@ class Fit:
 
         steps = self.epochs * per_epoch
         named = dict(net.named_parameters())
-        work.descend(f"{self.decoder} decoder", named, loss, steps, adam(self.lr), rate=cosine(steps))
+        work.descend(f"{kind} decoder", named, loss, steps, adam(self.lr), rate=cosine(steps))
         return lambda seen: decode(lambda z: line(z) + net(z), scale(seen))
 
 
@@ -123,13 +131,14 @@ class Queried(Fit):
         """Images of `seen` (S, N, C), by a decoder of the means of `uploads` queries."""
         query, images = knowledge.query, knowledge.auxiliary
         assert query is not None and images is not None
-        random = is_random(query, images, rng.key(key, "random"))
+        one, two = answers(query, images, rng.key(key, "random"))
+        random = not torch.equal(one, two)
         times, draws = (uploads, self.draws) if random else (1, 1)
 
         def pairs(draw: int) -> tuple[Tensor, Tensor]:
             return images, asked(query, images, rng.key(key, "draw", draw), times)
 
-        return self.fit(pairs, draws, transcript, key, work)(seen)
+        return self.fit(pairs, draws, transcript, key, work, random and is_shuffled(one, two))(seen)
 
 
 def _best(features: Tensor, images: Tensor, prefix: int) -> tuple[Scale, Ridge]:
@@ -171,11 +180,19 @@ def asked(query: Query, images: Tensor, key: int, uploads: int = 1) -> Tensor:
     return torch.cat(chunks)
 
 
-def is_random(query: Query, images: Tensor, key: int) -> bool:
-    """Whether two keys give two answers to the first of `images`."""
+def answers(query: Query, images: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """Two answers to the first of `images`, a draw each."""
     few = images[:4]
     with torch.no_grad():
-        return not torch.equal(query(few, rng.key(key, "one")), query(few, rng.key(key, "two")))
+        return query(few, rng.key(key, "one")), query(few, rng.key(key, "two"))
+
+
+def is_shuffled(one: Tensor, two: Tensor) -> bool:
+    """Whether two answers (B, N, C) hold the same tokens in another order."""
+    apart = torch.cdist(one.double(), two.double())
+    moved = apart.argmin(2) != torch.arange(one.shape[1], device=one.device)
+    in_place, nearest = apart.diagonal(dim1=1, dim2=2)[moved], apart.amin(2)[moved]
+    return bool(moved.float().mean() > MOVED and (nearest < in_place.mean() / 2).all())
 
 
 def _moments(features: Tensor, over: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from toy_learned import (
 from fedsplit.attacks import ATTACKS, work
 from fedsplit.attacks.base import Knowledge, NotApplicable, Transcript, check
 from fedsplit.attacks.decoders import KINDS, decoder
-from fedsplit.attacks.learned import Scale
+from fedsplit.attacks.learned import Scale, answers, is_shuffled
 from fedsplit.attacks.work import Work
 from fedsplit.types import FedsplitError
 
@@ -139,6 +139,17 @@ def test_slots_do_not_care_for_the_order_of_tokens() -> None:
     turned = torch.cat([x[:, :2], x[:, 2:].flip(1)], 1)
     assert torch.allclose(net(x), net(turned), atol=1e-4)
     assert not torch.allclose(net(x), net(x.flip(1)), atol=1e-2), "tokens before the patches are told apart"
+
+
+@pytest.mark.usefixtures("few")
+def test_the_attacker_notices_that_tokens_are_shuffled() -> None:
+    fronts = {identity: False, noisy: False, constant: False, curved: False, shuffled: True}
+    for front, expected in fronts.items():
+        assert is_shuffled(*answers(front, AUXILIARY, 1)) == expected
+    assert torch.equal(
+        run("inverse-net", saw(shuffled), asks(shuffled)),
+        run("inverse-net", saw(shuffled), asks(shuffled), decoder="slots"),
+    )
 
 
 @pytest.mark.slow
