@@ -39,7 +39,7 @@ def ssim(found: Tensor, original: Tensor) -> Tensor:
     Raises:
         FedsplitError: torchmetrics is not installed.
     """
-    value = _torchmetrics().functional.image.structural_similarity_index_measure(
+    value = torchmetrics().functional.image.structural_similarity_index_measure(
         found, original, data_range=1.0, reduction="none"
     )
     scores: Tensor = value.reshape(len(found))
@@ -53,7 +53,7 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor] | None:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if not list(folder.glob("alexnet-owt-*.pth")):
         return None
-    network = _torchmetrics().image.lpip.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    network = torchmetrics().image.lpip.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
 
     def distance(found: Tensor, original: Tensor) -> Tensor:
         with torch.no_grad():
@@ -69,11 +69,17 @@ def interval(values: Tensor, key: int) -> tuple[float, float]:
     return float(means[int(0.025 * DRAWS)]), float(means[int(0.975 * DRAWS) - 1])
 
 
-def _torchmetrics() -> Any:
+def torchmetrics() -> Any:
+    """The package, with the metrics that are used here; it is imported late, since that takes seconds.
+
+    Raises:
+        FedsplitError: it is not installed.
+    """
     if importlib.util.find_spec("torchmetrics") is None:
         raise FedsplitError("Privacy scores need the package 'torchmetrics': pip install 'fedsplit[audit]'.")
-    import torchmetrics
+    import torchmetrics as package
     import torchmetrics.functional.image
+    import torchmetrics.functional.retrieval
     import torchmetrics.image
 
-    return torchmetrics
+    return package
