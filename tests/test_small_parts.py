@@ -8,6 +8,7 @@ from torch import nn
 
 from fedsplit.client import client_share, learning_rate
 from fedsplit.config import Config, resolve
+from fedsplit.layout import pick_device
 from fedsplit.local import Choice
 from fedsplit.optim import PartOptimizer
 from fedsplit.rng import key, numpy_rng, torch_rng
@@ -15,7 +16,7 @@ from fedsplit.round import sample
 from fedsplit.samples import Stock
 from fedsplit.settings import Optimizer
 from fedsplit.types import Cut, FedsplitError, Job, split_names
-from fedsplit.world import pick_device, world
+from fedsplit.world import world
 
 BASE = {"data.limit": 60, "data.test-limit": 10, "data.partition": "iid", "devices.count": 5}
 

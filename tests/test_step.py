@@ -17,6 +17,7 @@ from fedsplit.client import client_round
 from fedsplit.config import keys, resolve
 from fedsplit.experiment import start
 from fedsplit.front.vit import Part, split
+from fedsplit.layout import by_side
 from fedsplit.metrics.quality import evaluate
 from fedsplit.optim import PartOptimizer
 from fedsplit.settings import Optimizer
@@ -24,7 +25,7 @@ from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Cut, Job, Op, Order, Plan, Scalar, Tensors, knob
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link
-from fedsplit.world import World, by_side, values_of, world
+from fedsplit.world import World, values_of, world
 
 TINY: dict[str, Scalar] = {
     "data.limit": 60,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fedsplit.data.batches import batches, to_batch
 from fedsplit.front.vit import Part, split
+from fedsplit.layout import pooling
 from fedsplit.optim import PartOptimizer
 from fedsplit.wire.link import Link
-from fedsplit.world import Indices, World, pooling
+from fedsplit.world import Indices, World
 
 
 class Misled:

@@ -22,12 +22,13 @@ from fedsplit.data.batches import to_batch
 from fedsplit.data.sources import load
 from fedsplit.front.guard import quiet
 from fedsplit.front.vit import Parts, split
+from fedsplit.layout import pooling
 from fedsplit.optim import PartOptimizer
 from fedsplit.rng import numpy_rng, torch_rng
 from fedsplit.step import Client, u_shape_step, vanilla_step
 from fedsplit.types import Batch, FedsplitError, Images, Stream, Tensors
 from fedsplit.wire.link import Link
-from fedsplit.world import Indices, World, pooling
+from fedsplit.world import Indices, World
 
 QUERIES = 256  # images a query passes at a time
 

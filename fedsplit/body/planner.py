@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fedsplit.body.ask import Ask
+from fedsplit.layout import planned_blocks
 from fedsplit.types import ORDINARY, FedsplitError, Job, Op, Order, Plan, Tensors
-from fedsplit.world import Indices, World, planned_blocks, steered
+from fedsplit.world import Indices, World, steered
 
 SCORED = "scored"
 

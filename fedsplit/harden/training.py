@@ -18,6 +18,7 @@ from fedsplit.front import models, prune
 from fedsplit.front.masks import Masks
 from fedsplit.front.vit import Parts, split
 from fedsplit.harden import checkpoint, recipe
+from fedsplit.layout import address, pick_device
 from fedsplit.metrics.flops import count, counting_copy
 from fedsplit.metrics.quality import evaluate
 from fedsplit.optim import PartOptimizer
@@ -25,7 +26,7 @@ from fedsplit.rng import key, torch_rng
 from fedsplit.runs import RunFolder
 from fedsplit.tail.losses import cross_entropy
 from fedsplit.types import Cut, FedsplitError, Tensors
-from fedsplit.world import Indices, address, pick_device
+from fedsplit.world import Indices
 
 
 class Training:

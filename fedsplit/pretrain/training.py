@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedsplit.data import sources
 from fedsplit.front.models import SHIPPED_MEAN, SHIPPED_STD, Backbone, load_weights
+from fedsplit.layout import pick_device
 from fedsplit.pretrain import checkpoint, recipe
 from fedsplit.pretrain.recipe import Pretrain
 from fedsplit.pretrain.views import mix, views
@@ -23,7 +24,6 @@ from fedsplit.rng import key, torch_rng
 from fedsplit.runs import RunFolder
 from fedsplit.settings import Data
 from fedsplit.types import FedsplitError
-from fedsplit.world import pick_device
 
 
 class Training:
