@@ -175,7 +175,13 @@ def test_an_unknown_key_is_an_error(workplace: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing(workplace: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
-        _command("seconds=60.0"), cwd=workplace, env={**os.environ, **ENV}, stdout=subprocess.PIPE, text=True
+        _command("seconds=60.0"),
+        cwd=workplace,
+        env={**os.environ, **ENV},
+        stdout=subprocess.PIPE,
+        text=True,
+        # Who starts the tests in the background of a script has its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout
     # SIGTERM while Ray works, SIGINT while the simulation starts.
