@@ -203,8 +203,9 @@ def test_gates_decide_the_exit_code(run: Path, tmp_path: Path, capsys: pytest.Ca
         assert audit(run, tmp_path / "a", "--max-ssim", bound, "--json") == code
         found = json.loads(capsys.readouterr().out)
         assert found["passed"] == (code == 0) and found["gates"][0]["bound"] == float(bound)
-    assert audit(run, tmp_path / "a", "--max-labels", "0.5") == 2
+    assert audit(run, tmp_path / "b", "--max-labels", "0.5") == 2
     assert "--max-labels has nothing to judge" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists(), "said before an attack begins"
 
 
 def test_label_attacks_are_scored_by_labels(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

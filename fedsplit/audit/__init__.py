@@ -74,11 +74,12 @@ def run(target: Target, folder: Path, gates: Mapping[str, float], watch: Watch, 
     Raises:
         FedsplitError: as `conduct`, a gate without a figure, or a folder that cannot be written.
     """
+    built = target.built
+    report.check_gates(gates, {piece.finds for piece in built.config.pieces("audit.attacks")})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FedsplitError(f"Cannot write the audit to {folder}: {error.strerror}; give another --out.") from None
-    built = target.built
     findings: Findings = conduct(built, folder, watch, strict)
     devices = exposure.by_device(built, target.clients) if target.clients else []
     about = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,8 +20,10 @@ from fedsplit.audit.recognise import Recogniser
 from fedsplit.audit.scene import Scene, scene
 from fedsplit.config import Config
 from fedsplit.metrics import privacy
-from fedsplit.runs import sha256
+from fedsplit.pretrain.checkpoint import write_bytes
+from fedsplit.runs import sha256, sha256_text
 from fedsplit.types import FedsplitError
+from fedsplit.wire.frame import pack
 from fedsplit.world import LOCAL_KEYS, World
 
 MEAN_IMAGE = "mean-image"
@@ -92,8 +91,7 @@ def conduct(built: World, folder: Path, watch: Watch, strict: bool = False) -> F
                 raise
             skipped[name] = str(reason)
             continue
-        seeds = config.audit.seeds if getattr(piece, "random", True) else 1
-        jobs += [(name, piece, seed) for seed in range(seeds)]
+        jobs += [(name, piece, seed) for seed in range(config.audit.seeds)]
     results: list[Result] = []
     for name, piece, seed in jobs:
         if name in skipped:
@@ -127,9 +125,7 @@ def _attack(
         found = found.float().nan_to_num(0.5).clamp(0, 1)  # an attack that diverged has found nothing
     result = Result(name, seed, piece.finds, found, work.spent, time.perf_counter() - begun)
     about = {"mark": mark, "steps": str(result.steps), "seconds": f"{result.seconds:.3f}"}
-    scratch = file.with_name(f".{file.name}.new")
-    scratch.write_bytes(safetensors.torch.save({"found": found.contiguous()}, metadata=about))
-    os.replace(scratch, file)
+    write_bytes(file, pack({"found": found}, about))
     work.clear()
     return result
 
@@ -156,7 +152,7 @@ def _marks(built: World, names: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         own = {k: v for k, v in values.items() if k.startswith(f"audit.{name}.")}
         text = json.dumps([weights, common, pieces, own], sort_keys=True)
-        marks[name] = hashlib.sha256(text.encode()).hexdigest()
+        marks[name] = sha256_text(text)
     return marks
 
 

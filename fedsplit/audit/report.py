@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedsplit.audit.conduct import Findings
-from fedsplit.runs import write
+from fedsplit.runs import RunFolder, write
 from fedsplit.types import FedsplitError
 
 SHOWN = 8  # victims in the grid
@@ -35,6 +33,19 @@ GATES = {
     "max_labels": ("worst_labels_right", "fraction of labels that are inferred"),
 }
 UNRECOGNISABLE = 0.3  # SSIM, He, Zhang and Lee (ACSAC 2019)
+
+
+def check_gates(gates: Iterable[str], finds: Collection[str]) -> None:
+    """Whether attacks that find `finds` ("images", "labels") measure what the gates judge.
+
+    Raises:
+        FedsplitError: they do not.
+    """
+    for option in gates:
+        if ("labels" if option == "max_labels" else "images") not in finds:
+            raise FedsplitError(
+                f"--{option.replace('_', '-')} has nothing to judge: no attack of this audit measures it."
+            )
 
 
 def by_attack(findings: Findings) -> list[dict[str, Any]]:
@@ -65,10 +76,8 @@ def document(findings: Findings, about: Mapping[str, Any], gates: Mapping[str, f
     for option, bound in gates.items():
         figure, what = GATES[option]
         value = worst[figure]
-        if value is None:
-            raise FedsplitError(
-                f"--{option.replace('_', '-')} has nothing to judge: no attack of this audit measures it."
-            )
+        if value is None:  # an attack that turned out not to apply
+            check_gates([option], ())
         verdicts.append({"gate": option, "what": what, "value": value, "bound": bound, "passed": value <= bound})
     return {
         **about,
@@ -86,9 +95,12 @@ def document(findings: Findings, about: Mapping[str, Any], gates: Mapping[str, f
 
 def save(folder: Path, findings: Findings, found: Mapping[str, Any], devices: Sequence[Mapping[str, Any]]) -> None:
     """Write everything, audit.json last."""
-    _table(folder / "audit.csv", [_directed(row) for row in findings.rows])
-    _table(folder / "images.csv", findings.images)
-    _table(folder / "exposure.csv", devices)
+    rows = [_directed(row) for row in findings.rows]
+    empty = dict.fromkeys((name for row in rows for name in row), "")  # labels have other scores than images
+    tables = {"audit": [{**empty, **row} for row in rows], "images": findings.images, "exposure": devices}
+    for name, table in tables.items():
+        if table:
+            RunFolder(folder).table(name, table)
     grid(folder / "audit.png", findings, found["attacks"])
     write(folder / "audit.json", json.dumps(found, indent=2) + "\n")
 
@@ -126,14 +138,3 @@ def _directed(row: Mapping[str, Any]) -> dict[str, Any]:
     safer = {"mse": "mse_high_is_safer", "lpips": "lpips_high_is_safer"}
     low = ("psnr", "ssim", "ssim_ci_low", "ssim_ci_high", "ssim_p90", "ssim_most", "identified", "labels_right")
     return {safer.get(name, f"{name}_low_is_safer" if name in low else name): value for name, value in row.items()}
-
-
-def _table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        return
-    text = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, fieldnames=names, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())

@@ -164,8 +164,8 @@ class Training:
         self._optimizer.zero_grad()
         h = self.parts.front(batch.x, noise)
         terms: dict[str, Tensor] = {}
-        for place, (name, piece) in enumerate(self.penalties.items()):
-            draw = key(noise, "penalty", place)
+        for name, piece in self.penalties.items():
+            draw = key(noise, "penalty", type(piece).__name__)  # as in `step.Client`: the order draws nothing else
             term, self.memory[name] = piece.penalty(self.parts.front, batch.x, h, self.memory.get(name), draw)
             terms[f"penalty.{name}"] = term
         task = cross_entropy(self.parts.tail(self.parts.body(h, noise), noise), batch.y)
