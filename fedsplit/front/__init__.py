@@ -12,6 +12,7 @@ from typing import Any
 from fedsplit.front.adversary import Adversary
 from fedsplit.front.bottleneck import Bottleneck
 from fedsplit.front.feature_dropout import FeatureDropout
+from fedsplit.front.linear_adversary import LinearAdversary
 from fedsplit.front.lipschitz import Lipschitz
 from fedsplit.front.noise import Noise
 from fedsplit.front.nopeek import NoPeek
@@ -27,4 +28,9 @@ EDITS: dict[str, type[Any]] = {
     "quantize": Quantize,
     "bottleneck": Bottleneck,
 }
-PENALTIES: dict[str, type[Any]] = {"nopeek": NoPeek, "lipschitz": Lipschitz, "adversary": Adversary}
+PENALTIES: dict[str, type[Any]] = {
+    "nopeek": NoPeek,
+    "lipschitz": Lipschitz,
+    "adversary": Adversary,
+    "linear-adversary": LinearAdversary,
+}

@@ -18,6 +18,7 @@ from fedsplit.config import Config, keys, load, resolve
 from fedsplit.control import SCHEDULES
 from fedsplit.data import SELECTORS
 from fedsplit.experiment import start
+from fedsplit.front import PENALTIES
 from fedsplit.places import PLACES
 from fedsplit.round import run_round
 from fedsplit.runtime.inprocess import Loop
@@ -154,7 +155,8 @@ COMMUTE |= {  # guards act in the order of the list, on whatever prompts there a
     ("front.edits", *pair): "prompts" in pair or pair == ("quantize", "shuffle")
     for pair in combinations(("bottleneck", "feature-dropout", "noise", "prompts", "quantize", "shuffle"), 2)
 }
-COMMUTE |= {("front.penalties", *pair): True for pair in combinations(("adversary", "lipschitz", "nopeek"), 2)}  # a sum
+COMMUTE |= {("front.penalties", *pair): True for pair in combinations(sorted(PENALTIES), 2)}  # a sum
+COMMUTE[("front.penalties", "linear-adversary", "nopeek")] = False  # of gradients, three in float32
 
 
 def test_the_table_says_which_pairs_commute() -> None:

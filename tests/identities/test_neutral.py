@@ -33,6 +33,7 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
         "nopeek": {"front.nopeek.weight": 0.0},
         "lipschitz": {"front.lipschitz.alpha": 0.0},
         "adversary": {"front.adversary.beta": 0.0},
+        "linear-adversary": {"front.linear-adversary.weight": 0.0},
     },
     "body.edits": {"lora": {}},
     "body.plans": {"knapsack": {"body.knapsack.budget": 1.0}, "layerdrop": {"body.layerdrop.rate": 0.0}},

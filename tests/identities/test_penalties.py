@@ -19,6 +19,7 @@ from fedsplit.client import client_round
 from fedsplit.data.batches import to_batch
 from fedsplit.front import PENALTIES, models
 from fedsplit.front.adversary import Adversary
+from fedsplit.front.linear_adversary import LinearAdversary
 from fedsplit.front.lipschitz import Lipschitz
 from fedsplit.front.nopeek import NoPeek, distance_correlation
 from fedsplit.front.vit import Part
@@ -223,6 +224,40 @@ def test_splitting_the_adversarys_training_over_calls_changes_nothing() -> None:
     h = patches(SMOOTH)
     (_, one), (_, two) = follow(Adversary(width=8, steps=1), h, 2), follow(Adversary(width=8, steps=2), h, 1)
     assert all(torch.equal(one[name], two[name]) for name in one if name != "age")
+
+
+def test_the_linear_adversary_is_ridge_regression_on_unseen_images() -> None:
+    h = torch.randn(12, 16, 7, generator=torch_rng(8))
+    inputs = torch.cat([h, h.mean(1, keepdim=True).expand(12, 16, 7)], 2).double()
+    inputs = inputs - inputs.mean(0)
+    inputs = inputs / inputs.square().mean((0, 1)).sqrt()
+    pixels = patches(IMAGES).detach().double()
+    pixels = pixels - pixels.mean(0)
+    x, y = inputs[:6].reshape(-1, 14), pixels[:6].reshape(-1, 48)
+    # Ridge regression as least squares with rows for the damping.
+    rows = torch.cat([x, (0.01 * len(x)) ** 0.5 * torch.eye(14, dtype=x.dtype)])
+    found = torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(14, 48, dtype=y.dtype)])).solution
+    explained = 1 - float((pixels[6:] - inputs[6:] @ found).square().sum() / pixels[6:].square().sum())
+    piece = LinearAdversary(weight=2.0, threshold=0.0, ridge=0.01)
+    assert piece.explained(inputs, pixels).item() == pytest.approx(explained, abs=1e-9)
+    term, _ = piece.penalty(BARE, IMAGES, h.requires_grad_(), None, 0)
+    assert term.item() == pytest.approx(2 * max(0, explained), abs=1e-6)
+
+
+def test_the_linear_adversary_tells_an_identity_front_from_a_constant_one_at_any_scale() -> None:
+    """Random channels, linearly mixed and scaled, are as open as the pixels; what says nothing costs nothing."""
+    mixed = (patches(SMOOTH).detach() @ torch.randn(48, 60, generator=torch_rng(3))).requires_grad_()
+    piece = LinearAdversary(weight=1.0, threshold=0.0, ridge=1e-6)
+    open_, _ = piece.penalty(BARE, SMOOTH, mixed, None, 0)
+    scaled, _ = piece.penalty(BARE, SMOOTH, 1000 * mixed + 5, None, 0)
+    assert open_.item() > 0.99 and scaled.item() == pytest.approx(open_.item(), abs=1e-4)
+    open_.backward()
+    assert mixed.grad is not None and mixed.grad.abs().sum() > 0
+    noise = torch.randn(12, 16, 5, generator=torch_rng(5), requires_grad=True)
+    for h in (noise, torch.ones(12, 16, 48, requires_grad=True)):
+        assert LinearAdversary(threshold=0.3).penalty(BARE, SMOOTH, h, None, 0)[0].item() == 0
+    with pytest.raises(FedsplitError, match=r"needs a grid of square patches, but 15 patch tokens"):
+        piece.penalty(BARE, SMOOTH, mixed[:, 1:], None, 0)
 
 
 def test_the_hinge_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
