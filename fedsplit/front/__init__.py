@@ -14,6 +14,7 @@ from fedsplit.front.bottleneck import Bottleneck
 from fedsplit.front.feature_dropout import FeatureDropout
 from fedsplit.front.linear_adversary import LinearAdversary
 from fedsplit.front.lipschitz import Lipschitz
+from fedsplit.front.merge import Merge
 from fedsplit.front.noise import Noise
 from fedsplit.front.nopeek import NoPeek
 from fedsplit.front.prompts import Prompts
@@ -27,6 +28,7 @@ EDITS: dict[str, type[Any]] = {
     "shuffle": Shuffle,
     "quantize": Quantize,
     "bottleneck": Bottleneck,
+    "merge": Merge,
 }
 PENALTIES: dict[str, type[Any]] = {
     "nopeek": NoPeek,

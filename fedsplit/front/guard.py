@@ -23,10 +23,12 @@ class Guard(nn.Module):
     """A module at the end of the front. `draws` says whether it draws at random: nothing of it can then be kept.
 
     In training the draws come from torch's own generator, which the front seeds for every guard by its name; in
-    evaluation from `stream`, the same for every batch. Both are on the CPU, so that every device agrees.
+    evaluation from `stream`, the same for every batch. Both are on the CPU, so that every device agrees. `adds` is
+    how many tokens more it sends than it is given.
     """
 
     draws = False
+    adds = 0
 
     def __init__(self, stream: int = 0) -> None:
         super().__init__()
@@ -85,6 +87,13 @@ def put(vit: nn.Module, cut: Cut, name: str, guard: Guard, undo: nn.Module | Non
     if undo is not None:
         model.unguard.add_module(name, undo)
     return vit
+
+
+def patch_grid(vit: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the patch tokens that the guards so far send; they come last."""
+    model: Any = vit
+    high, wide = getattr(model, "sent_grid", model.patch_embed.grid_size)
+    return int(high), int(wide)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.front.guard import Guard, put
+from fedsplit.front.guard import Guard, patch_grid, put
 from fedsplit.types import Cut, knob
 
 
@@ -37,9 +36,8 @@ class Shuffle:
         Raises:
             FedsplitError: nothing crosses this cut.
         """
-        model: Any = vit
-        patches = int(model.patch_embed.num_patches)
-        return put(vit, cut, "shuffle", Permute(self.fraction, patches, key)) if self.fraction else vit
+        high, wide = patch_grid(vit)
+        return put(vit, cut, "shuffle", Permute(self.fraction, high * wide, key)) if self.fraction else vit
 
 
 class Permute(Guard):

@@ -93,6 +93,12 @@ class PlanFlops:
     def _lows(self) -> list[bool]:
         return [low for _, low, _ in self._walk(self._full)]
 
+    @property
+    def _guarded(self) -> int:
+        """Tokens that the guards at the cut add."""
+        guards: Any = getattr(self._parts.front._shell, "guard", ())
+        return sum(guard.adds for guard in guards)
+
     @cached_property
     def _tokens(self) -> list[int]:
         """Tokens (N,) before each block, prompts included."""
@@ -103,7 +109,8 @@ class PlanFlops:
         first = getattr(front._shell.norm_pre, "prompt", None)
         tokens += 0 if first is None else first.adds
         found = []
-        for block in self._blocks:
+        for number, block in enumerate(self._blocks):
+            tokens += self._guarded if number == self._cut.front else 0
             tokens += getattr(getattr(block, "prompt_before", None), "adds", 0)
             found.append(tokens)
             tokens += getattr(getattr(block, "prompt_after", None), "adds", 0)

@@ -18,7 +18,7 @@ from fedsplit.config import Config, keys, load, resolve
 from fedsplit.control import SCHEDULES
 from fedsplit.data import SELECTORS
 from fedsplit.experiment import start
-from fedsplit.front import PENALTIES
+from fedsplit.front import EDITS, PENALTIES
 from fedsplit.places import PLACES
 from fedsplit.round import run_round
 from fedsplit.runtime.inprocess import Loop
@@ -153,7 +153,7 @@ COMMUTE: dict[tuple[str, str, str], bool] = {
 } | {("body.plans", "knapsack", "layerdrop"): True}  # plans combine by minimum
 COMMUTE |= {  # guards act in the order of the list, on whatever prompts there are
     ("front.edits", *pair): "prompts" in pair or pair == ("quantize", "shuffle")
-    for pair in combinations(("bottleneck", "feature-dropout", "noise", "prompts", "quantize", "shuffle"), 2)
+    for pair in combinations(sorted(EDITS), 2)
 }
 COMMUTE |= {("front.penalties", *pair): True for pair in combinations(sorted(PENALTIES), 2)}  # a sum
 COMMUTE[("front.penalties", "linear-adversary", "nopeek")] = False  # of gradients, three in float32

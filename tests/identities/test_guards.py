@@ -17,6 +17,7 @@ from fedsplit.front import EDITS, models
 from fedsplit.front.bottleneck import Bottleneck
 from fedsplit.front.feature_dropout import Drop, FeatureDropout
 from fedsplit.front.guard import Guard, quiet
+from fedsplit.front.merge import Merge
 from fedsplit.front.noise import AddNoise, Noise
 from fedsplit.front.prompts import Prompts
 from fedsplit.front.quantize import Quantize, Round
@@ -28,7 +29,14 @@ from fedsplit.world import world
 
 GUARDS = tuple(name for name in EDITS if name != "prompts")
 RANDOM = ("noise", "feature-dropout", "shuffle")
-NEUTRAL = (Noise(scale=0.0), FeatureDropout(keep=1.0), Shuffle(fraction=0.0), Quantize(bits=32), Bottleneck(rank=0))
+NEUTRAL = (
+    Noise(scale=0.0),
+    FeatureDropout(keep=1.0),
+    Shuffle(fraction=0.0),
+    Quantize(bits=32),
+    Bottleneck(rank=0),
+    Merge(window=1),
+)
 NANO: dict[str, Scalar] = {"model__name": "fedsplit_nano", "model__pretrained": False, "cut__front": 1}
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -179,6 +187,36 @@ def test_plans_know_that_a_trained_half_waits_below_the_first_block(train: str, 
     assert built.plan_flops._starts[1], "which tells in blocks without a norm at their input"
 
 
+def test_merged_tokens_are_means_of_their_window() -> None:
+    merged, plain = parts_with(Prompts(count=3, at="cut"), Merge(window=4)), parts_with(Prompts(count=3, at="cut"))
+    with torch.no_grad():
+        sent, whole = merged.front(IMAGES), plain.front(IMAGES)
+    assert sent.shape == (3, 3 + 4, 96) and torch.equal(sent[:, :3], whole[:, :3])
+    grid = whole[:, 3:].unflatten(1, (8, 8))
+    for number, token in enumerate(sent[:, 3:].unbind(1)):
+        top, left = 4 * (number // 2), 4 * (number % 2)
+        assert torch.allclose(token, grid[:, top : top + 4, left : left + 4].mean((1, 2)), atol=1e-5)
+    both = parts_with(Merge(window=2), Shuffle())
+    with torch.no_grad():
+        shuffled = both.front(IMAGES)
+        with quiet(both.front):
+            ordered = both.front(IMAGES)
+    assert torch.equal(shuffled.sort(1).values, ordered.sort(1).values) and not torch.equal(shuffled, ordered)
+    with pytest.raises(FedsplitError, match=r"front\.merge\.window=3 does not tile the 8 x 8 patch tokens"):
+        parts_with(Merge(window=3))
+
+
+def test_merging_shrinks_the_wire_and_the_bodys_compute() -> None:
+    keys: dict[str, Scalar] = {**NANO, "train": "all", "local__max_steps": 1}
+    built, whole = world(small(**keys, front__edits="merge")), world(small(**keys)).flops
+    sent = client_round(built, job_of(built)).report.bytes
+    for stream in ("activations-up", "activations-down", "gradients-up", "gradients-down"):
+        assert 0 < sent[stream] - 8 * 16 * 48 * 4 < 100, stream
+    assert built.flops.body < whole.body / 4 and built.flops.front == whole.front
+    client, server = built.plan_flops.spared(Plan(((Op.SKIP,),) * 3))
+    assert (client, server) == (built.plan_flops._whole["client"], built.flops.body), "plans count the same tokens"
+
+
 def test_each_half_of_the_bottleneck_trains_at_its_side() -> None:
     built = world(small(**NANO, front__edits="bottleneck", train="front"))
     assert "guard.bottleneck.basis" in built.client and not built.server
@@ -213,6 +251,7 @@ def test_a_client_alone_reads_through_a_frozen_bottleneck() -> None:
         (2, "shuffle,bottleneck,noise,quantize", {}),
         (1, "noise,prompts,shuffle", {"at": "cut"}),
         (1, "bottleneck,shuffle,prompts", {"at": "cut", "side": "server"}),
+        (1, "shuffle,merge,prompts,noise", {"at": "cut"}),
     ],
 )
 def test_split_equals_unsplit_with_guards(front: int, edits: str, prompts: dict[str, Scalar]) -> None:

@@ -28,6 +28,7 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
         "shuffle": {"front.shuffle.fraction": 0.0},
         "quantize": {"front.quantize.bits": 32},
         "bottleneck": {"front.bottleneck.rank": 0},
+        "merge": {"front.merge.window": 1},
     },
     "front.penalties": {
         "nopeek": {"front.nopeek.weight": 0.0},
