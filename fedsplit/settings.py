@@ -163,7 +163,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Devices:
-    """The fleet. One uniform profile; 0 means infinitely fast, or free."""
+    """The fleet: profiles by `devices.fleet`, or one uniform profile, in which 0 means infinitely fast, or free."""
 
     count: int = knob(0, "number of devices; 0 is 10 in process and Flower's num-supernodes when that is set", low=0)
     per_round: int = knob(0, "devices sampled a round; 0 is all", low=0)
@@ -173,6 +173,9 @@ class Devices:
     down_bytes_per_s: float = knob(0.0, "download bandwidth of a device in bytes/s; 0 is infinite", low=0.0)
     latency_s: float = knob(0.0, "one-way latency of a message in seconds", low=0.0)
     active_w: float = knob(0.0, "power of a device while it computes or transmits, in watts", low=0.0)
+    fleet: str = knob("", "profiles of the devices and their weights, e.g. 'pi4:6,orin-nano:3,phone:1'; names of configs/devices or paths of .toml files; empty is the uniform rates above, which a fleet replaces but for the server's")
+    jitter: float = knob(0.0, "standard deviation of the logarithm of a seeded factor on each device's compute, down and up rates; 0 is off", low=0.0)
+    precision: str = knob("fp32", "which rates of a profile the virtual clock takes: fp32 or fp16; no result depends on it", choices=("fp32", "fp16"))
 
 
 @dataclass(frozen=True)

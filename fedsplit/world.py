@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedsplit.config import Config, resolve
 from fedsplit.data.partitions import deal, hold_out
 from fedsplit.data.sources import load
+from fedsplit.devices.profiles import Profile, fleet_of
 from fedsplit.front import models, trainable
 from fedsplit.front.cache import FrontCache
 from fedsplit.front.prune import shape_of
@@ -81,6 +82,11 @@ class World:
     def key(self, *name: int | str) -> int:
         """A named random stream of this run."""
         return key(self.config.seed, *name)
+
+    @cached_property
+    def fleet(self) -> tuple[Profile, ...]:
+        """The profile of every device: what its rounds cost. Only the server asks."""
+        return fleet_of(self.config, len(self.shards))
 
     @property
     def start(self) -> Start:
