@@ -22,13 +22,13 @@ from fedsplit.hollow import Hollow, frame_bytes
 from fedsplit.local import Choice
 from fedsplit.personal import foreseen, withheld
 from fedsplit.samples import Stock
-from fedsplit.types import ORDINARY, Job, Op, Order, Report, Stream, Tensors
-from fedsplit.wire.link import Link
+from fedsplit.types import ORDINARY, Job, Op, Order, Report, Tensors
+from fedsplit.wire.chain import of_shapes_alone
+from fedsplit.wire.codec import PARAMETERS, Codecs, squeezes
 from fedsplit.world import Indices, World
 
 # Steps that are taken on shapes for the peaks of plans that change from step to step: moments gather in turn.
 MOST_STEPS = 16
-PARAMETERS: tuple[Stream, Stream] = ("parameters-up", "parameters-down")
 
 
 class Book:
@@ -39,18 +39,19 @@ class Book:
     """
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.estimated = {
+            f"bytes of {stream}: left out is what {type(stages[-1]).__name__.lower()} saves, since values decide it"
+            for stream, stages in world.codecs.items()
+            if stages and squeezes(stages[-1])
+        }
+        self.world = world = replace(world, codecs=of_shapes_alone(world.codecs))
         self.pieces = dict(zip(world.config.names("data.select"), world.config.pieces("data.select"), strict=True))
         self.epochs = sum(phase.epochs for phase in world.config.pieces("local.phases"))
-        own, (up, down) = withheld(world, world.client), PARAMETERS
+        own = withheld(world, world.client)
         whole: Tensors = dict(world.client)
         shared = {name: value for name, value in whole.items() if name not in own}
-        # Of each stream, the bytes of a client's first round and of its later ones.
-        self.parameters = {
-            up: (frame_bytes(world.codecs, up, shared),) * 2,
-            down: (frame_bytes(world.codecs, down, whole), frame_bytes(world.codecs, down, shared)),
-        }
-        self.estimated: set[str] = set()
+        self.parameters = self._parameters(world.codecs, whole, shared)
+        self.raw = self._parameters({}, whole, shared)
         if not foreseen(world):
             self.estimated.add("bytes of parameters: gradients decide which blocks a client shares")
         self._met: set[int] = set()
@@ -62,6 +63,14 @@ class Book:
         self._held: dict[int, Any] = {}
         self._steps: dict[tuple[int, Order], Report] = {}
         self._sizes: dict[int, Counter[int]] = {}
+
+    def _parameters(self, codecs: Codecs, whole: Tensors, shared: Tensors) -> dict[str, tuple[int, int]]:
+        """Of each stream, the bytes of a client's first round and of its later ones."""
+        up, down = PARAMETERS
+        return {
+            up: (frame_bytes(codecs, up, shared), frame_bytes(codecs, up, shared, again=True)),
+            down: (frame_bytes(codecs, down, whole), frame_bytes(codecs, down, shared, again=True)),
+        }
 
     def report(self, number: int, client: int) -> Report:
         """The figures of `client` in round `number`; `local` is then its count of samples in local steps."""
@@ -80,10 +89,12 @@ class Book:
         again = client in self._met
         self._met.add(client)
         sent: Counter[str] = Counter({name: once[again] for name, once in self.parameters.items()})
+        raw: Counter[str] = Counter({name: once[again] for name, once in self.raw.items()})
         messages = 2
         for (size, order), steps in sizes.items():
             one = self._step(size, order)
             sent.update({name: steps * length for name, length in one.bytes.items()})
+            raw.update({name: steps * length for name, length in one.raw_bytes.items()})
             messages += steps * one.messages
         report = Report(
             steps=sum(sizes.values()),
@@ -91,6 +102,7 @@ class Book:
             scored_samples=scored * len(shard),
             computed_samples=computed,
             bytes=sent,
+            raw_bytes=raw,
             messages=messages,
             client_flops=client_compute(world, seen, self.local, scored * len(shard), computed),
             server_flops=client_share(world)[1] * seen,
@@ -207,10 +219,10 @@ class Book:
         off: dict[str, Any] = {"data__select": "", "eval__per_client": False, "body__cosine": False}
         settings = self.world.config.replace(**(off | {"local__max_steps": 1} | changes))
         small = replace(self.world, config=settings, shards=(np.arange(samples),))
-        link = Link(self.world.codecs)
+        link = self.world.link(1, 0)
         with Hollow():
             report, _, _ = work(small, Job(0, 1, 0, b"", b""), link, orders=orders)
-        return replace(report, bytes=dict(link.sizes), messages=link.messages)
+        return replace(report, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages)
 
 
 def _like(order: Order) -> Order:

@@ -23,7 +23,7 @@ from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Job, Order, Report, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link, Tap
-from fedsplit.world import Indices, World, values_of
+from fedsplit.world import Indices, World, shapes_of, values_of
 
 
 def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
@@ -33,15 +33,21 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     runs here too, in an object of its own that sees only bytes; `tap` sees what it received.
     """
     start = time.perf_counter()
-    link = Link(world.codecs, job.round, job.client)
-    personal.receive(world, link.decode("parameters-down", job.down), job.memory)
+    link = world.link(job.round, job.client)
+    link.recall(unpack(job.memory))
+    received = link.decode("parameters-down", job.down, shapes_of(world.client))
+    personal.receive(world, received, job.memory)
+    link.hold("parameters-up", received)
     seen = personal.watches(world)
     report, moments, memory = work(world, job, link, tap, seen)
     shared, own = _divided(world, world.client, seen[0])
     up = link.encode("parameters-up", shared)
+    link.hold("parameters-down", shared)
+    memory |= link.kept()
     memory |= {f"{personal.OWN}{name}": value for name, value in own.items()}
     server, notes = _divided(world, world.server, seen[1])
-    report = replace(report, bytes=dict(link.sizes), messages=link.messages, wall_s=time.perf_counter() - start)
+    report = replace(report, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages)
+    report = replace(report, wall_s=time.perf_counter() - start)
     samples = len(world.shards[job.client])
     return Update(job.client, samples, up, pack(server | moments), report, pack(memory), pack(notes))
 
@@ -157,7 +163,7 @@ def _body(world: World, job: Job, lr: float, tap: Tap | None, watch: Watch | Non
     body = LocalBody(
         body=world.parts.body,
         tail=world.parts.tail if vanilla else None,
-        link=Link(world.codecs, job.round, job.client, tap),
+        link=world.link(job.round, job.client, tap),
         optimizer=optimizer,
         trains=bool(world.server),
         client_trains=bool(world.trains.front),

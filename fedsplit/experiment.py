@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit import local, personal
+from fedsplit import local, personal, tables
 from fedsplit.body import planner
 from fedsplit.client import plan_batches
 from fedsplit.config import Config
@@ -23,6 +23,7 @@ from fedsplit.runs import RunFolder
 from fedsplit.runtime.faults import parse as parse_faults
 from fedsplit.tables import by_stream, choice_rows, class_rows, client_rows, draw, round_row, summarise, unit_rows
 from fedsplit.types import Failure, FedsplitError, Images, Job
+from fedsplit.wire import chain
 from fedsplit.world import Indices, World, world
 
 
@@ -100,8 +101,8 @@ def check(config: Config, built: World) -> None:
     Raises:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
             are, a fault that can never happen, a client that cannot work alone as it is asked to, or that
-            should keep parameters of its own where all take turns at one model, a plan that cannot be had,
-            or a controller without what it learns from.
+            should keep parameters of its own where all take turns at one model, codecs that cannot be
+            had on their stream, a plan that cannot be had, or a controller without what it learns from.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -117,6 +118,7 @@ def check(config: Config, built: World) -> None:
             )
     local.check(built)
     personal.check(built)
+    chain.check(built.codecs)
     largest = max(built.shards, key=len)
     sizes = [len(indices) for indices, _ in plan_batches(built, Job(0, 1, 0, b"", b""), largest)]
     planner.check(built, sizes)
@@ -154,6 +156,11 @@ class _Loop:
         outcome = replace(outcome, state=self._observed(outcome))
         self._write(number, outcome, failures, quality, row)
         self.progress.row(row)
+        if row["recover_error"] != "" and row["recover_error"] > row["stale_error"]:
+            self.progress.note(
+                f"round {number}: recovered weights are further from the sent ones ({row['recover_error']:.3g}) "
+                f"than the clients' stale copies ({row['stale_error']:.3g}): recover costs more than it brings"
+            )
         return outcome.state
 
     def _with_control(self, state: State) -> State:
@@ -200,7 +207,7 @@ class _Loop:
         self, number: int, outcome: Outcome, failures: list[Failure], quality: Quality | None, row: Mapping[str, Any]
     ) -> None:
         self.folder.append("clients", client_rows(number, outcome, failures))
-        self.folder.append("ledger", [{"round": number, **by_stream(outcome)}])
+        self.folder.append("ledger", [{"round": number, **by_stream(outcome), **tables.raw_by_stream(outcome)}])
         if quality is not None:
             self.folder.append("classes", class_rows(number, quality, self.world.data.classes))
         self.folder.append("units", unit_rows(self.world, number, outcome))

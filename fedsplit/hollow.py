@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from typing import Any
 
@@ -14,15 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from fedsplit.front.cache import FrontCache
 from fedsplit.types import Stream, Tensors
-from fedsplit.wire.frame import unpack
-from fedsplit.wire.link import Codecs, Link
+from fedsplit.wire.codec import Codecs
+from fedsplit.wire.frame import frame_length, unpack
+from fedsplit.wire.link import Link
 from fedsplit.world import Indices
-
-# The format's names of types, in the order in which it sorts them.
-DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
-}  # fmt: skip
 
 
 class Hollow(TorchFunctionMode):
@@ -52,20 +46,20 @@ class HollowCache(FrontCache):
         return True, tuple(self.tokens(np.arange(1)).shape[1:])
 
 
-def frame_bytes(codecs: Codecs, stream: Stream, tensors: Tensors) -> int:
-    """The length of the frame of `tensors` (of any device) on `stream`, made one tensor at a time."""
+def frame_bytes(codecs: Codecs, stream: Stream, tensors: Tensors, again: bool = False) -> int:
+    """The length of the frame of `tensors` (of any device) on `stream`, made one tensor at a time.
+
+    It is that of a client's first round, or of a later one where codecs remember: `again`.
+    """
     coded: Tensors = {}
     for name, tensor in tensors.items():
         if codecs.get(stream):
-            frame = Link(codecs).encode(stream, {name: torch.zeros(tensor.shape, dtype=tensor.dtype)})
+            link, one = Link(codecs), {name: torch.zeros(tensor.shape, dtype=tensor.dtype)}
+            for _ in range(1 + again):
+                if stream == "parameters-up":
+                    link.hold(stream, one)
+                frame = link.encode(stream, one)
             coded |= {key: value.to("meta") for key, value in unpack(frame).items()}
         else:
             coded[name] = tensor
-    header, end = {}, 0
-    order = list(DTYPES)
-    for name in sorted(coded, key=lambda name: (-order.index(coded[name].dtype), name)):
-        x = coded[name]
-        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
-        end += x.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + len(text) + -len(text) % 8 + end if header else 0
+    return frame_length(coded)

@@ -123,9 +123,17 @@ def away(notes: bytes) -> frozenset[str]:
     return frozenset(name.removeprefix(AWAY) for name in unpack(notes) if name.startswith(AWAY))
 
 
-def write_notes(at_server: Tensors, missing: Collection[str]) -> bytes:
-    """The notes on a client whose update lacked `missing`, with the server's parameters for it alone."""
-    return pack(at_server | {f"{AWAY}{name}": torch.empty(0) for name in sorted(missing)})
+def write_notes(at_server: Tensors, missing: Collection[str], wire: Tensors) -> bytes:
+    """The notes on a client whose update lacked `missing`, with the server's parameters for it alone.
+
+    `wire` is what the server's end of the wire to it remembers.
+    """
+    return pack(at_server | {f"{AWAY}{name}": torch.empty(0) for name in sorted(missing)} | wire)
+
+
+def for_the_body(notes: bytes) -> bytes:
+    """Of the notes on a client, those that its server-side part needs: its parameters there."""
+    return pack(own_at_server(notes))
 
 
 def receive(world: World, sent: Tensors, memory: bytes) -> None:

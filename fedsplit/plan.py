@@ -28,8 +28,8 @@ SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_sa
 
 @dataclass(frozen=True)
 class Account:
-    """What a run costs. `bytes` by stream, `counts` (the names of `SUMS`) and `_flops` are sums over all clients
-    and rounds, the peaks maxima; `client_rounds` counts pairs of client and round.
+    """What a run costs. `bytes` by stream (`raw_bytes` without codecs), `counts` (the names of `SUMS`) and
+    `_flops` are sums over all clients and rounds, the peaks maxima; `client_rounds` counts pairs of client and round.
 
     `split_flops` is what split steps alone cost the clients if nothing of the front were kept, `visits` counts
     their samples, a sample as often as a step visits it; `tokens` is (N, C) at the cut; `parameters` counts
@@ -42,6 +42,7 @@ class Account:
     client_rounds: int
     samples: float
     bytes: Mapping[str, int]
+    raw_bytes: Mapping[str, int]
     counts: Mapping[str, int]
     client_flops: int
     server_flops: int
@@ -67,6 +68,7 @@ class Account:
         """The account as plain values, with means a client and round beside the totals."""
         up, down = (sum(v for k, v in self.bytes.items() if k.endswith(way)) for way in ("-up", "-down"))
         streams = {f"bytes_{name.replace('-', '_')}": count for name, count in self.bytes.items()}
+        streams |= {f"bytes_raw_{name.replace('-', '_')}": count for name, count in self.raw_bytes.items()}
         flops = {"client_flops": self.client_flops, "server_flops": self.server_flops}
         sums: dict[str, int] = {**flops, "bytes_up": up, "bytes_down": down, **streams, **self.counts}
         return {
@@ -102,6 +104,7 @@ def account(config: Config) -> Account:
     book = Book(world)
     total: Counter[str] = Counter()
     sent: Counter[str] = Counter()
+    raw: Counter[str] = Counter()
     seconds = joules = 0.0
     for number in range(1, config.rounds + 1):
         order = sample(world, number, 0)
@@ -111,21 +114,25 @@ def account(config: Config) -> Account:
         seconds, joules = seconds + whole.seconds, joules + whole.joules
         for client, report in zip(order, reports, strict=True):
             sent.update(report.bytes)
+            raw.update(report.raw_bytes)
             total["clients"] += 1
             total["samples"] += len(world.shards[client])
             for name in ("client_flops", "server_flops", *SUMS):
                 total[name] += book.local if name == "local_samples" else getattr(report, name)
-    return _account(book, sent, total, seconds, joules)
+    return _account(book, (sent, raw), total, seconds, joules)
 
 
-def _account(book: Book, sent: Mapping[str, int], total: Mapping[str, int], seconds: float, joules: float) -> Account:
+def _account(
+    book: Book, wire: tuple[Counter[str], Counter[str]], total: Mapping[str, int], seconds: float, joules: float
+) -> Account:
     world, (client_peak, server_peak) = book.world, book.peaks()
     return Account(
         config=world.config,
         devices=len(world.shards),
         client_rounds=total["clients"],
         samples=total["samples"] / total["clients"],
-        bytes={name: sent[name] for name in STREAMS},
+        bytes={name: wire[0][name] for name in STREAMS},
+        raw_bytes={name: wire[1][name] for name in STREAMS},
         counts={name: total[name] for name in SUMS},
         client_flops=total["client_flops"],
         server_flops=total["server_flops"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedsplit import personal
@@ -17,7 +17,8 @@ from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.rng import numpy_rng
 from fedsplit.share.gate import Refused, admit
 from fedsplit.types import Failure, Job, Tensors, Update
-from fedsplit.wire.frame import pack
+from fedsplit.wire.deviation import deviation
+from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link
 from fedsplit.world import World
 
@@ -99,6 +100,8 @@ class _Desk:
         self.updates: dict[int, Update] = {}
         self.tensors: dict[int, Tensors] = {}
         self.fresh_notes: dict[int, bytes] = {}
+        self.links: dict[int, Link] = {}
+        self.deviations: dict[int, dict[str, Any]] = {}
         self.failures: list[Failure] = []
 
     def jobs(self, clients: Sequence[int]) -> list[Job]:
@@ -111,14 +114,19 @@ class _Desk:
         for number in clients:
             own = personal.away(self.notes.get(number, b""))
             slot = own if same else number
+            link = self.links[number] = self.world.link(self.number, number)
+            link.recall(unpack(self.notes.get(number, b"")))
             if slot not in frames:
                 down = {name: value for name, value in client.items() if name not in own}
-                frames[slot] = Link(self.world.codecs, self.number, number).encode("parameters-down", down)
+                frames[slot] = link.encode("parameters-down", down)
+                held = unpack(self.memory.get(number, b"")) if not same else {}
+                self.deviations[number] = deviation(self.world.link(self.number, number), held, down, frames[slot])
+            link.hold("parameters-up", client)
             jobs.append(self._job(number, frames[slot], server))
         return jobs
 
     def _job(self, client: int, down: bytes, server: bytes) -> Job:
-        memory, notes = self.memory.get(client, b""), self.notes.get(client, b"")
+        memory, notes = self.memory.get(client, b""), personal.for_the_body(self.notes.get(client, b""))
         return Job(client, self.number, self.attempt, down, server, memory, notes, self.choices.get(client, ""))
 
     def take(self, results: Iterator[Update | Failure]) -> None:
@@ -130,10 +138,14 @@ class _Desk:
         for result in results:
             if isinstance(result, Update):
                 try:
-                    link = Link(self.world.codecs, self.number, result.client)
+                    link = self.links[result.client]
                     up, state, own = admit(result, link, client, server, limit, may_lack)
-                    self.updates[result.client], self.tensors[result.client] = result, {**up, **state}
-                    self.fresh_notes[result.client] = personal.write_notes(own, set(client) - set(up))
+                    found: dict[str, Any] = self.deviations.get(result.client, {})
+                    measured = replace(result.report, **found)
+                    self.updates[result.client] = result = replace(result, report=measured)
+                    self.tensors[result.client] = {**up, **state}
+                    missing = set(client) - set(up)
+                    self.fresh_notes[result.client] = personal.write_notes(own, missing, link.kept())
                 except Refused as reason:
                     result = Failure(result.client, str(reason))
             if isinstance(result, Failure):

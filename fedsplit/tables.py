@@ -22,7 +22,7 @@ from fedsplit.types import STREAMS, Failure, Update
 from fedsplit.world import World
 
 SUMS = (
-    *(f"bytes_{way}" for way in ("up", "down", "activations", "gradients", "parameters")),
+    *(f"bytes_{way}" for way in ("up", "down", "activations", "gradients", "parameters", "raw")),
     "client_flops", "server_flops", "virtual_s", "energy_j", "wall_s", "kept_samples", "failures",
 )  # fmt: skip
 
@@ -120,11 +120,14 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
             f"bytes_{kind}": sum(v for k, v in streams.items() if k.startswith(kind))
             for kind in ("activations", "gradients", "parameters")
         },
+        "bytes_raw": sum(raw_by_stream(outcome).values()),
         "client_flops": sum(report.client_flops for report in reports),
         "server_flops": sum(report.server_flops for report in reports),
         "probe_steps": sum(report.probe_steps for report in reports),
         "workload_variance": _mean([(report.workload_variance, 1) for report in reports]),
         "gradient_cosine": _mean([(report.gradient_cosine, 1) for report in reports]),
+        "recover_error": _mean([(report.recover_error, 1) for report in reports]),
+        "stale_error": _mean([(report.stale_error, 1) for report in reports]),
         "learning_rate": learning_rate(built, outcome.state.round),
         "virtual_s": outcome.cost.seconds,
         "energy_j": outcome.cost.joules,
@@ -181,10 +184,16 @@ def choice_rows(config: Config, number: int, control: Mapping[str, Mapping[str, 
 
 
 def by_stream(outcome: Outcome) -> dict[str, int]:
-    """Bytes of a round by stream: a row of ledger.csv."""
+    """Bytes of a round by stream: columns of ledger.csv."""
     return {
         name.replace("-", "_"): sum(update.report.bytes.get(name, 0) for update in outcome.updates) for name in STREAMS
     }
+
+
+def raw_by_stream(outcome: Outcome) -> dict[str, int]:
+    """What the bytes of a round would be without codecs, by stream: the other columns of ledger.csv."""
+    reports = [update.report for update in outcome.updates]
+    return {f"raw_{name.replace('-', '_')}": sum(r.raw_bytes.get(name, 0) for r in reports) for name in STREAMS}
 
 
 def _mean(figures: Sequence[tuple[float | None, int]]) -> float | str:
@@ -220,6 +229,8 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "probe_steps": report.probe_steps,
         "workload_variance": "" if report.workload_variance is None else report.workload_variance,
         "gradient_cosine": "" if report.gradient_cosine is None else report.gradient_cosine,
+        "recover_error": "" if report.recover_error is None else report.recover_error,
+        "stale_error": "" if report.stale_error is None else report.stale_error,
         "virtual_s": seconds,
         "energy_j": joules,
         "wall_s": round(report.wall_s, 4),

@@ -237,6 +237,10 @@ class Report:
     Of plans: `probe_steps` ran in full to be scored; `units` counts by `block.unit.op` how often units ran
     forward only or in full; `workload_variance` is that of the server workers' loads, as fractions of a full
     load; `gradient_cosine` compares one step's gradient at the cut with the exact one.
+
+    `bytes` are those that crossed the wire, by stream, `raw_bytes` what they were without codecs. Where weights
+    come down to be recovered, `recover_error` is how far they then are from those at the server, and `stale_error`
+    how far the client's stale copy is: relative L2 errors.
     """
 
     steps: int = 0
@@ -254,6 +258,9 @@ class Report:
     workload_variance: float | None = None
     gradient_cosine: float | None = None
     bytes: Mapping[str, int] = field(default_factory=dict)
+    raw_bytes: Mapping[str, int] = field(default_factory=dict)
+    recover_error: float | None = None
+    stale_error: float | None = None
     messages: int = 0
     client_flops: int = 0
     server_flops: int = 0
@@ -264,4 +271,5 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a message or a CSV row."""
-        return dataclasses.asdict(self) | {"bytes": dict(self.bytes), "units": dict(self.units)}
+        counts = {"bytes": dict(self.bytes), "raw_bytes": dict(self.raw_bytes), "units": dict(self.units)}
+        return dataclasses.asdict(self) | counts

@@ -35,7 +35,8 @@ from fedsplit.metrics.flops import StepFlops, step_flops
 from fedsplit.metrics.plan_flops import PlanFlops
 from fedsplit.rng import key
 from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Job, Tensors
-from fedsplit.wire.link import Codecs
+from fedsplit.wire.codec import MOST_VALUES, Codecs, Tap
+from fedsplit.wire.link import Link
 
 DEFAULT_DEVICES = 10
 LOCAL_KEYS = ("out", "resume", "name", "eval.every")
@@ -111,6 +112,19 @@ class World:
             for name, value in tensors.items():
                 named[name].copy_(value)
 
+    def link(self, number: int, client: int, tap: Tap | None = None) -> Link:
+        """One end of the wire to `client` in round `number`."""
+        return Link(self.codecs, number, client, tap, seed=self.key("wire"), most=self._most_values)
+
+    @cached_property
+    def _most_values(self) -> int:
+        """The values of an activation at most: twice the patches of a batch, and a thousand tokens beside them."""
+        vit: Any = self.backbone.vit
+        patches = getattr(vit.patch_embed, "num_patches", None)
+        if not patches:
+            return MOST_VALUES
+        return max(64, self.config.local.batch_size) * (2 * int(patches) + 1024) * int(vit.embed_dim)
+
     def model_state(self) -> Tensors:
         """The whole model by name, on the CPU."""
         return {name: value.detach().cpu() for name, value in self.backbone.vit.state_dict().items()}
@@ -119,6 +133,11 @@ class World:
 def values_of(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
     """Copies of the parameters' values, on the CPU."""
     return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, by name."""
+    return {name: tuple(x.shape) for name, x in tensors.items()}
 
 
 def world(config: Config) -> World:

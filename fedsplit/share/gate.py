@@ -37,7 +37,7 @@ def admit(
     if len(update.up) > limit:
         raise Refused(f"its update of {len(update.up)} bytes is over the limit of {limit}")
     try:
-        tensors = link.decode("parameters-up", update.up)
+        tensors = link.decode("parameters-up", update.up, {name: x.shape for name, x in client.items()})
         state, notes = unpack(update.server), unpack(update.notes)
     except Exception as error:  # whatever a codec says to bytes it did not expect
         raise Refused(str(error) if isinstance(error, FedsplitError) else f"{type(error).__name__}: {error}") from None
