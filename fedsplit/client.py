@@ -23,16 +23,18 @@ from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Job, Order, Report, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link, Tap
-from fedsplit.world import Indices, World, shapes_of, values_of
+from fedsplit.world import Indices, World, shapes_of, steered, values_of
 
 
 def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     """A client's round: receive, work alone, train through the server for the local epochs, send back.
 
-    Pure: the update depends on the world and the job alone. The server's side of the client's steps
+    Pure: the update depends on the world and the job alone; what controllers chose for this client (`job.choices`)
+    stands in the place of the config's own keys, at both ends of the wire. The server's side of the client's steps
     runs here too, in an object of its own that sees only bytes; `tap` sees what it received.
     """
     start = time.perf_counter()
+    world = steered(world, job.choices)
     link = world.link(job.round, job.client)
     link.recall(unpack(job.memory))
     received = link.decode("parameters-down", job.down, shapes_of(world.client))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
@@ -34,13 +34,15 @@ from fedsplit.layout import (
 from fedsplit.metrics.flops import StepFlops, step_flops
 from fedsplit.metrics.plan_flops import PlanFlops
 from fedsplit.rng import key
-from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Job, Tensors
+from fedsplit.types import STREAMS, Cut, DataSet, FedsplitError, Tensors
 from fedsplit.wire.codec import MOST_VALUES, Codecs, Tap
 from fedsplit.wire.link import Link
 
 DEFAULT_DEVICES = 10
 LOCAL_KEYS = ("out", "resume", "name", "eval.every")
 LOCAL_SECTIONS = ("engine.", "audit.", "harden.")
+# Worlds of other choices that are kept at a time: those of a round, in which each is asked for more than once.
+MOST_STEERED = 256
 
 Indices = npt.NDArray[np.int64]
 
@@ -88,6 +90,11 @@ class World:
     def fleet(self) -> tuple[Profile, ...]:
         """The profile of every device: what its rounds cost. Only the server asks."""
         return fleet_of(self.config, len(self.shards))
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was worked out of this world before, by whatever name; another world made of it begins anew."""
+        return {}
 
     @property
     def start(self) -> Start:
@@ -204,15 +211,35 @@ def _build(config: Config, hollow: bool) -> World:
         client=sides[0],
         server=sides[1],
         initial={} if hollow else values_of({**sides[0], **sides[1]}),
-        codecs={stream: config.pieces(f"wire.{stream}") for stream in STREAMS},
+        codecs=_codecs(config),
         flops=_flops(config, backbone, (cut, backbone.image_size, pool, reads, start)),
         plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape, planned_blocks(config, cut)),
     )
 
 
-def steered(config: Config, job: Job) -> Config:
-    """`config` with the keys that the controllers chose for the client of `job` and its round."""
-    return resolve({**config.values, **json.loads(job.choices)}) if job.choices else config
+def steered(world: World, choices: str) -> World:
+    """`world` with the keys, as JSON, that controllers chose for one client and round: another config, other codecs.
+
+    Data, model and parameters are those of `world`; without choices it is `world`.
+    """
+    if not choices:
+        return world
+    made: dict[str, World] = world.memo.setdefault("steered", {})
+    if choices not in made:
+        if len(made) >= MOST_STEERED:
+            made.clear()
+        config = resolve({**world.config.values, **json.loads(choices)})
+        made[choices] = replace(world, config=config, codecs=_codecs(config))
+    return made[choices]
+
+
+def codecs_for(world: World, choices: str) -> Codecs:
+    """The codecs of both ends of a client's wire under the controllers' `choices` for it."""
+    return steered(world, choices).codecs
+
+
+def _codecs(config: Config) -> Codecs:
+    return {stream: config.pieces(f"wire.{stream}") for stream in STREAMS}
 
 
 def _compile(vit: Any, backend: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedsplit.body.ask import Ask
 from fedsplit.layout import planned_blocks
 from fedsplit.types import ORDINARY, FedsplitError, Job, Op, Order, Plan, Tensors
-from fedsplit.world import Indices, World, steered
+from fedsplit.world import Indices, World
 
 SCORED = "scored"
 
@@ -28,7 +28,7 @@ class Planner:
     """
 
     def __init__(self, world: World, job: Job, memory: Tensors) -> None:
-        config = steered(world.config, job)
+        config = world.config
         self.world, self.job = world, job
         self.pieces: dict[str, Any] = dict(zip(config.names("body.plans"), config.pieces("body.plans"), strict=True))
         self.metrics = tuple(sorted({metric for piece in self.pieces.values() for metric in metrics_of(piece)}))
