@@ -18,6 +18,7 @@ import torch
 from fedsplit.body.planner import Planner
 from fedsplit.body.tally import Tally
 from fedsplit.client import client_compute, client_share, plan_batches, work
+from fedsplit.control import steer
 from fedsplit.hollow import Hollow, frame_bytes
 from fedsplit.local import Choice
 from fedsplit.personal import foreseen, withheld
@@ -25,7 +26,7 @@ from fedsplit.samples import Stock
 from fedsplit.types import ORDINARY, Job, Op, Order, Report, Tensors
 from fedsplit.wire.chain import of_shapes_alone
 from fedsplit.wire.codec import PARAMETERS, Codecs, squeezes
-from fedsplit.world import Indices, World
+from fedsplit.world import Indices, World, steered
 
 # Steps that are taken on shapes for the peaks of plans that change from step to step: moments gather in turn.
 MOST_STEPS = 16
@@ -47,11 +48,11 @@ class Book:
         self.world = world = replace(world, codecs=of_shapes_alone(world.codecs))
         self.pieces = dict(zip(world.config.names("data.select"), world.config.pieces("data.select"), strict=True))
         self.epochs = sum(phase.epochs for phase in world.config.pieces("local.phases"))
+        self._parameters: dict[Any, dict[str, tuple[int, int]]] = {}
         own = withheld(world, world.client)
-        whole: Tensors = dict(world.client)
-        shared = {name: value for name, value in whole.items() if name not in own}
-        self.parameters = self._parameters(world.codecs, whole, shared)
-        self.raw = self._parameters({}, whole, shared)
+        self.whole: Tensors = dict(world.client)
+        self.shared = {name: value for name, value in self.whole.items() if name not in own}
+        self.raw = self._coded({})
         if not foreseen(world):
             self.estimated.add("bytes of parameters: gradients decide which blocks a client shares")
         self._met: set[int] = set()
@@ -61,38 +62,54 @@ class Book:
         self._scores: dict[int, Tensors] = {}
         self._memory: dict[int, Tensors] = {}
         self._held: dict[int, Any] = {}
-        self._steps: dict[tuple[int, Order], Report] = {}
-        self._sizes: dict[int, Counter[int]] = {}
+        self._steps: dict[Any, Report] = {}
+        self._sizes: dict[Any, Counter[int]] = {}
 
-    def _parameters(self, codecs: Codecs, whole: Tensors, shared: Tensors) -> dict[str, tuple[int, int]]:
-        """Of each stream, the bytes of a client's first round and of its later ones."""
-        up, down = PARAMETERS
-        return {
-            up: (frame_bytes(codecs, up, shared), frame_bytes(codecs, up, shared, again=True)),
-            down: (frame_bytes(codecs, down, whole), frame_bytes(codecs, down, shared, again=True)),
-        }
+    def _coded(self, codecs: Codecs) -> dict[str, tuple[int, int]]:
+        """Of both streams of parameters, the bytes of a client's first round and of its later ones."""
+        name = tuple(tuple(codecs.get(stream, ())) for stream in PARAMETERS)
+        if name not in self._parameters:
+            (up, down), shared = PARAMETERS, self.shared
+            self._parameters[name] = {
+                up: (frame_bytes(codecs, up, shared), frame_bytes(codecs, up, shared, again=True)),
+                down: (frame_bytes(codecs, down, self.whole), frame_bytes(codecs, down, shared, again=True)),
+            }
+        return self._parameters[name]
 
-    def report(self, number: int, client: int) -> Report:
-        """The figures of `client` in round `number`; `local` is then its count of samples in local steps."""
-        world, job = self.world, Job(client, number, 0, b"", b"")
+    def choices(
+        self, memories: steer.Memories, number: int, order: Sequence[int]
+    ) -> tuple[dict[int, str], steer.Memories]:
+        """What controllers choose for the clients of a round that all end well, and their memories after it.
+
+        What is learnt from accuracy cannot be known: such a controller leaves the keys as they are.
+        """
+        choices, after = steer.propose(self._steering, memories, number, order)
+        return choices, steer.attended(self._steering.config, after, number, order)
+
+    def report(self, number: int, client: int, choices: str = "") -> Report:
+        """The figures of `client` in round `number`; `local` is then its count of samples in local steps.
+
+        `choices` are what controllers chose for it.
+        """
+        world, job = self._steered(choices), Job(client, number, 0, b"", b"")
         scored, kept, count = self._choose(job)
         shard = world.shards[client]
         self.local = self.epochs * len(shard)
         tally = Tally(world)
-        sizes = self._steps_of(job, kept, count, tally)
+        sizes = self._steps_of(world, job, kept, count, tally)
         seen = sum(size * steps for (size, _), steps in sizes.items())
-        computed = self._computed(job, self.epochs + scored, kept, seen)
+        computed = self._computed(world, job, self.epochs + scored, kept, seen)
         if world.cache is not None:
             self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
         self.seen += seen
         self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
         again = client in self._met
         self._met.add(client)
-        sent: Counter[str] = Counter({name: once[again] for name, once in self.parameters.items()})
+        sent: Counter[str] = Counter({name: once[again] for name, once in self._coded(world.codecs).items()})
         raw: Counter[str] = Counter({name: once[again] for name, once in self.raw.items()})
         messages = 2
         for (size, order), steps in sizes.items():
-            one = self._step(size, order)
+            one = self._step(world, size, order)
             sent.update({name: steps * length for name, length in one.bytes.items()})
             raw.update({name: steps * length for name, length in one.raw_bytes.items()})
             messages += steps * one.messages
@@ -115,14 +132,27 @@ class Book:
         reports = [self._probe(self._longest, [ORDINARY], local__epochs=0, local__phases=phases)]
         if self._busiest is not None:
             samples, orders = self._busiest
-            many = {"local__epochs": 1, "local__max_steps": len(orders), "local__phases": ""}
+            many: dict[str, Any] = {"local__epochs": 1, "local__max_steps": len(orders), "local__phases": ""}
             reports.append(self._probe(samples, orders, **many))
         elif self._largest:
-            reports.append(self._step(self._largest, ORDINARY))
+            reports.append(self._step(self.world, self._largest, ORDINARY))
         limit = self.world.config.front.cache_memory_bytes
         # A probe keeps the front outputs of one batch, a client those of all its samples.
         steps = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)
         return steps + min(self.stored, limit), max(r.server_peak_bytes for r in reports)
+
+    def _steered(self, choices: str) -> World:
+        if not choices:
+            return self.world
+        world = steered(self.world, choices)
+        return replace(world, codecs=of_shapes_alone(world.codecs))
+
+    @cached_property
+    def _steering(self) -> World:
+        """The world with those controllers alone that do not learn."""
+        config = self.world.config
+        names = (name for name, piece in steer.controllers(config).items() if hasattr(piece, "assign"))
+        return replace(self.world, config=config.replace(control__tune=",".join(names)))
 
     @cached_property
     def tokens(self) -> tuple[int, int]:
@@ -150,18 +180,21 @@ class Book:
             self.estimated.add("kept samples: at most, since several selectors are combined by 'and'")
         return min(rated, max(1, self.epochs)), shard if count == len(shard) else None, count
 
-    def _batches(self, job: Job, count: int) -> Counter[int]:
+    def _batches(self, world: World, job: Job, count: int) -> Counter[int]:
         """How many split steps of which batch size `count` kept samples give."""
-        if count not in self._sizes:
-            steps = plan_batches(self.world, job, np.arange(count))
-            self._sizes[count] = Counter(len(indices) for indices, _ in steps)
-        return self._sizes[count]
+        local = world.config.local
+        name = (count, local.batch_size, local.max_steps)
+        if name not in self._sizes:
+            steps = plan_batches(world, job, np.arange(count))
+            self._sizes[name] = Counter(len(indices) for indices, _ in steps)
+        return self._sizes[name]
 
-    def _steps_of(self, job: Job, kept: Indices | None, count: int, tally: Tally) -> Counter[tuple[int, Order]]:
+    def _steps_of(
+        self, world: World, job: Job, kept: Indices | None, count: int, tally: Tally
+    ) -> Counter[tuple[int, Order]]:
         """How many split steps of which batch size and kind `count` kept samples give; `tally` counts their plans."""
-        world = self.world
         if not world.config.names("body.plans"):
-            alike = Counter({(size, ORDINARY): steps for size, steps in self._batches(job, count).items()})
+            alike = Counter({(size, ORDINARY): steps for size, steps in self._batches(world, job, count).items()})
             self._largest = max([self._largest, *(size for size, _ in alike)])
             return alike
         shard = world.shards[job.client]
@@ -169,7 +202,7 @@ class Book:
         planner = Planner(world, job, self._scores.get(job.client, {}))
         if planner.metrics:
             self.estimated.add("server FLOPs, peak and plans: scores decide which units run")
-        if world.config.names("control.tune"):
+        if steer.learns(self.world.config):
             self.estimated.add("server FLOPs, peak and plans: controllers decide which units run")
         sizes: Counter[tuple[int, Order]] = Counter()
         orders = planner.orders(batches)
@@ -186,9 +219,9 @@ class Book:
         self._scores[job.client] = planner.memory()
         return sizes
 
-    def _computed(self, job: Job, passes: int, kept: Indices | None, seen: int) -> int:
+    def _computed(self, world: World, job: Job, passes: int, kept: Indices | None, seen: int) -> int:
         """How many visits went through the frozen front: `passes` over all samples, then `seen` of those kept."""
-        shard, cache = self.world.shards[job.client], self.world.cache
+        shard, cache = world.shards[job.client], world.cache
         if cache is None:
             return passes * len(shard) + seen
         fits = cache.fits(len(shard), job.client)
@@ -203,23 +236,28 @@ class Book:
             if fits.any():
                 self.estimated.add("client FLOPs: which of the kept samples have no room for a kept front output")
             return computed + round(seen * float((~fits).mean()))
-        for indices, _ in plan_batches(self.world, job, kept):
+        for indices, _ in plan_batches(world, job, kept):
             places = np.searchsorted(shard, indices)
             computed += int((~held[places]).sum())
             held[places] |= fits[places]
         return computed
 
-    def _step(self, size: int, order: Order) -> Report:
-        if (size, order) not in self._steps:
-            self._steps[(size, order)] = self._probe(size, [order], local__epochs=1, local__phases="")
-        return self._steps[(size, order)]
+    def _step(self, world: World, size: int, order: Order) -> Report:
+        codecs = tuple(tuple(stages) for stream, stages in world.codecs.items() if stream not in PARAMETERS)
+        name = (size, order, codecs)
+        if name not in self._steps:
+            self._steps[name] = self._probe(size, [order], world.codecs, local__epochs=1, local__phases="")
+        return self._steps[name]
 
-    def _probe(self, samples: int, orders: Sequence[Order], **changes: Any) -> Report:
+    def _probe(self, samples: int, orders: Sequence[Order], codecs: Codecs | None = None, **changes: Any) -> Report:
         """A client's round over so many samples, one step by default, on shapes; `bytes` are those of its steps."""
+        codecs = self.world.codecs if codecs is None else codecs
         off: dict[str, Any] = {"data__select": "", "eval__per_client": False, "body__cosine": False}
         settings = self.world.config.replace(**(off | {"local__max_steps": 1} | changes))
-        small = replace(self.world, config=settings, shards=(np.arange(samples),))
-        link = self.world.link(1, 0)
+        # A step of any size that a controller chose is one step here.
+        settings = settings.replace(local__batch_size=max(settings.local.batch_size, samples // max(1, len(orders))))
+        small = replace(self.world, config=settings, codecs=codecs, shards=(np.arange(samples),))
+        link = small.link(1, 0)
         with Hollow():
             report, _, _ = work(small, Job(0, 1, 0, b"", b""), link, orders=orders)
         return replace(report, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages)

@@ -122,7 +122,7 @@ def check(config: Config, built: World) -> None:
     largest = max(built.shards, key=len)
     sizes = [len(indices) for indices, _ in plan_batches(built, Job(0, 1, 0, b"", b""), largest)]
     planner.check(built, sizes)
-    steer.check(built, sizes)
+    steer.check(built)
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
 
@@ -164,15 +164,15 @@ class _Loop:
         return outcome.state
 
     def _with_control(self, state: State) -> State:
-        """Where there are controllers, the state with the held-out accuracy of its model."""
-        if not self.config.names("control.tune") or steer.HELD_OUT in state.control:
+        """Where a controller learns from it, the state with the held-out accuracy of its model."""
+        if not steer.learns(self.config) or steer.HELD_OUT in state.control:
             return state
         self.world.load(state.model)
         return replace(state, control=steer.first(state.control, self._held_out()))
 
     def _observed(self, outcome: Outcome) -> State:
         """The state after what the controllers learn from the round."""
-        if not self.config.names("control.tune"):
+        if not steer.learns(self.config):
             return outcome.state
         after = steer.observe(self.world, outcome, self._held_out())
         return replace(outcome.state, control=after)

@@ -15,6 +15,7 @@ from typing import Any
 from fedsplit.book import Book
 from fedsplit.client import client_share
 from fedsplit.config import Config
+from fedsplit.control import steer
 from fedsplit.devices.clock import cost, round_cost
 from fedsplit.experiment import check
 from fedsplit.front.vit import can_pool_early
@@ -106,9 +107,11 @@ def account(config: Config) -> Account:
     sent: Counter[str] = Counter()
     raw: Counter[str] = Counter()
     seconds = joules = 0.0
+    control: steer.Memories = {}
     for number in range(1, config.rounds + 1):
         order = sample(world, number, 0)
-        reports = [book.report(number, client) for client in order]
+        choices, control = book.choices(control, number, order)
+        reports = [book.report(number, client, choices.get(client, "")) for client in order]
         costs = [cost(report, config.devices) for report in reports]
         whole = round_cost(costs, parallel=config.server.schedule == "splitfed-v1")
         seconds, joules = seconds + whole.seconds, joules + whole.joules

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedsplit import personal
-from fedsplit.control.steer import propose
+from fedsplit.control import steer
 from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.rng import numpy_rng
 from fedsplit.share.gate import Refused, admit
@@ -20,7 +20,7 @@ from fedsplit.types import Failure, Job, Tensors, Update
 from fedsplit.wire.deviation import deviation
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link
-from fedsplit.world import World
+from fedsplit.world import World, steered
 
 
 class Runner(Protocol):
@@ -73,7 +73,7 @@ def run_round(world: World, state: State, attempt: int, runner: Runner, heard: L
     number = state.round + 1
     order = sample(world, number, attempt)
     parallel = schedule == "splitfed-v1"
-    desk = _Desk(world, state, number, attempt, heard)
+    desk = _Desk(world, state, number, attempt, heard, order)
     if parallel:
         desk.take(runner.run(desk.jobs(sorted(order))))
     else:
@@ -90,11 +90,13 @@ def run_round(world: World, state: State, attempt: int, runner: Runner, heard: L
 class _Desk:
     """The server's table during one round: jobs out, admitted tensors in."""
 
-    def __init__(self, world: World, state: State, number: int, attempt: int, heard: Listener) -> None:
+    def __init__(
+        self, world: World, state: State, number: int, attempt: int, heard: Listener, order: Sequence[int]
+    ) -> None:
         self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
         self.memory, self.notes = dict(state.memory), dict(state.notes)
-        self.choices, self.control = propose(world, state.control, number)
+        self.choices, self.control = steer.propose(world, state.control, number, order)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
         self.updates: dict[int, Update] = {}
@@ -114,16 +116,19 @@ class _Desk:
         for number in clients:
             own = personal.away(self.notes.get(number, b""))
             slot = own if same else number
-            link = self.links[number] = self.world.link(self.number, number)
+            link = self.links[number] = self._link(number)
             link.recall(unpack(self.notes.get(number, b"")))
             if slot not in frames:
                 down = {name: value for name, value in client.items() if name not in own}
                 frames[slot] = link.encode("parameters-down", down)
                 held = unpack(self.memory.get(number, b"")) if not same else {}
-                self.deviations[number] = deviation(self.world.link(self.number, number), held, down, frames[slot])
+                self.deviations[number] = deviation(self._link(number), held, down, frames[slot])
             link.hold("parameters-up", client)
             jobs.append(self._job(number, frames[slot], server))
         return jobs
+
+    def _link(self, client: int) -> Link:
+        return steered(self.world, self.choices.get(client, "")).link(self.number, client)
 
     def _job(self, client: int, down: bytes, server: bytes) -> Job:
         memory, notes = self.memory.get(client, b""), personal.for_the_body(self.notes.get(client, b""))
@@ -173,7 +178,8 @@ class _Desk:
         kept = self.optimizer if self.world.config.server.optimizer == "keep" and not parallel else {}
         memory = {**self.memory, **{client: update.memory for client, update in self.updates.items()}}
         notes = {**self.notes, **self.fresh_notes}
-        return State(self.number, model, kept, _written(memory), _written(notes), self.control)
+        control = steer.attended(self.world.config, self.control, self.number, self.updates)
+        return State(self.number, model, kept, _written(memory), _written(notes), control)
 
 
 def _written(frames: Mapping[int, bytes]) -> dict[int, bytes]:

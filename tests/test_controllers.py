@@ -36,25 +36,25 @@ TUNED: dict[str, Scalar] = {
 
 @dataclass(frozen=True)
 class Pace:
-    """Halves the learning rate every round, and says so every second round."""
+    """Allows one step a round, and every second round says something."""
 
-    first: float = knob(0.1, "learning rate of round 1", above=0.0)
+    first: float = knob(0.1, "a number of round 1", above=0.0)
     groups = 1
-    keys = ("optimizer.lr",)
-    choices = ({"optimizer.lr": 0.1},)
-    columns = ("round", "lr", "brought")
+    keys = ("local.max-steps",)
+    choices = ({"local.max-steps": 1},)
+    columns = ("round", "pace", "brought")
 
     def propose(
         self, memory: dict[str, Any], round: int, groups: int, key: int
     ) -> tuple[list[dict[str, Scalar]], dict[str, Any]]:
-        lr = self.first / 2 ** (round - 1)
-        return [{"optimizer.lr": lr}], {**memory, "lr": lr}
+        pace = self.first / 2 ** (round - 1)
+        return [{"local.max-steps": 1}], {**memory, "pace": pace}
 
     def observe(self, memory: dict[str, Any], round: int, gains: list[float], seconds: list[float]) -> dict[str, Any]:
         return {**memory, "brought": gains[0]}
 
     def rows(self, memory: Mapping[str, Any], round: int) -> list[dict[str, Any]]:
-        return [{"round": round, "lr": memory["lr"], "brought": memory["brought"]}] if round % 2 else []
+        return [{"round": round, "pace": memory["pace"], "brought": memory["brought"]}] if round % 2 else []
 
     def draw(self, rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
         path.write_text(json.dumps(list(rows)))
@@ -82,15 +82,15 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def test_two_controllers_of_different_columns_share_a_table(tmp_path: Path) -> None:
     table = run(tmp_path / "run", "bandit,pace")
-    assert list(table[0]) == ["controller", *COLUMNS, "lr", "brought"]
+    assert list(table[0]) == ["controller", *COLUMNS, "pace", "brought"]
     assert [(row["round"], row["controller"]) for row in table] == [
         ("1", "bandit"), ("1", "pace"), ("2", "bandit"), ("3", "bandit"), ("3", "pace"),
     ]  # fmt: skip
     for row in table:
-        strange = ("lr", "brought") if row["controller"] == "bandit" else COLUMNS[1:]
+        strange = ("pace", "brought") if row["controller"] == "bandit" else COLUMNS[1:]
         assert not any(row[column] for column in strange)
     own = [row for row in table if row["controller"] == "pace"]
-    assert [float(row["lr"]) for row in own] == [0.2, 0.05] and all(row["brought"] for row in own)
+    assert [float(row["pace"]) for row in own] == [0.2, 0.05] and all(row["brought"] for row in own)
     assert (tmp_path / "run/choices-bandit.png").stat().st_size > 1000
     drawn = json.loads((tmp_path / "run/choices-pace.png").read_text())
     assert drawn == [{column: row[column] for column in Pace.columns} for row in own]
