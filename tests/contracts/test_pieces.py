@@ -157,6 +157,10 @@ COMMUTE |= {  # guards act in the order of the list, on whatever prompts there a
 }
 COMMUTE |= {("front.penalties", *pair): True for pair in combinations(sorted(PENALTIES), 2)}  # a sum
 COMMUTE[("front.penalties", "linear-adversary", "nopeek")] = False  # of gradients, three in float32
+COMMUTE |= {  # each sets keys of its own; the two that share one are refused when a run starts
+    ("control.tune", *pair): True
+    for pair in combinations(("bandit", "bandwidth", "batch-size", "importance", "staleness"), 2)
+}
 
 
 def test_the_table_says_which_pairs_commute() -> None:

@@ -41,7 +41,13 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
     "share.merge": {"fedavg": {}, "uniform": {}},
     "share.proximal": {"fedprox": {"share.fedprox.mu": 0.0}},
     "share.partial": {"ptls": {"share.ptls.keep": 1.0}},
-    "control.tune": {"bandit": {"control.bandit.rates": "0"}},
+    "control.tune": {
+        "bandit": {"control.bandit.rates": "0"},
+        "bandwidth": {"control.bandwidth.low": 0.0, "control.bandwidth.high": 0.0},
+        "batch-size": {"control.batch-size.low": 8, "control.batch-size.high": 8},
+        "importance": {"control.importance.low": 0.0, "control.importance.high": 0.0},
+        "staleness": {"control.staleness.high": 0.0},
+    },
     "optimizer.schedule": {"constant": {}, "cosine": {"control.cosine.floor": 1.0}},
     **{place.key: {"half": None} for place in PLACES if place.key.startswith("wire.")},
 }
