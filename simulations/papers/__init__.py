@@ -1,6 +1,6 @@
 """The scoreboards of the papers: one file with the paper's data, and one line here."""
 
-from papers import d2ft, droppeft, patrol, sfprompt
+from papers import caesar, d2ft, droppeft, patrol, sfprompt
 from papers.scoreboard import Scoreboard
 
 PAPERS: dict[str, Scoreboard] = {
@@ -8,4 +8,5 @@ PAPERS: dict[str, Scoreboard] = {
     "d2ft": d2ft.BOARD,
     "droppeft": droppeft.BOARD,
     "patrol": patrol.BOARD,
+    "caesar": caesar.BOARD,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ def speedup(name: str) -> Measure:
     return measure
 
 
+def fewer_bytes(own: Summary, base: Summary, target: float) -> float:
+    """How many times fewer bytes a run sends, both ways, until its global model has the board's goal.
+
+    The goal is the same for all arms: `target` times the last accuracy of the board's reference. A run that never
+    has it has 0; beside a base that never has it all bytes of the base count, so the figure is then too small.
+    """
+    spent = until(own, "bytes", own["goal"])
+    return (until(base, "bytes", base["goal"]) or sent_bytes(base)) / spent if spent else 0.0
+
+
 # A run's figure beside another run's, of the same partition and seed; the last argument is the board's target.
 FIGURES: dict[str, Measure] = {
     "client_flops_ratio": ratio_of("client_flops"),
@@ -46,6 +57,7 @@ FIGURES: dict[str, Measure] = {
     "traffic_ratio": ratio_of("traffic"),
     "bytes_ratio": lambda own, base, target: sent_bytes(own) / sent_bytes(base),
     "accuracy_points": lambda own, base, target: 100 * (own["accuracy"] - base["accuracy"]),
+    "bytes_speedup": fewer_bytes,
     "virtual_speedup": speedup("virtual_s"),
     "wall_speedup": speedup("clients_s"),
     "compute_speedup": speedup("server_flops"),
@@ -67,6 +79,12 @@ class Results:
     def of(cls, board: Scoreboard, runs: Sequence[Run], summaries: Mapping[str, Summary]) -> Results:
         """Those of `runs` among `summaries`, which are by the run's name."""
         done = {(run.partition, run.arm, run.seed): summaries[run.name] for run in runs if run.name in summaries}
+        goals = {
+            (partition, seed): board.target * summary["accuracy"]
+            for (partition, arm, seed), summary in done.items()
+            if arm == board.reference
+        }
+        done = {name: {**summary, "goal": goals.get((name[0], name[2]), math.inf)} for name, summary in done.items()}
         return cls(done, sorted({run.seed for run in runs}), board.target)
 
     def of_arm(self, partition: str, arm: str) -> list[Summary]:
@@ -197,8 +215,8 @@ def _note(claim: Claim, model: str) -> str:
 def of_tables(folder: RunFolder, config: Config) -> dict[str, Any]:
     """What the tables of a finished run say beside its summary; nothing where there are none.
 
-    `curve` has a row a round: accuracy (None if not tested), the round's virtual seconds, the seconds its clients
-    worked, and the server's FLOPs. `round_peak_bytes` is the server's peak in a client's round, the mean of all.
+    `curve` has a row a round: accuracy (None if not tested), its bytes both ways, its virtual seconds, the seconds its
+    clients worked, and the server's FLOPs. `round_peak_bytes` is the server's peak in a client's round, their mean.
     `traffic` is what the body's subnets would send if each had a machine of its own (2 for a unit in full, 1 for one
     that runs forward only), over that of all in full.
     """
@@ -211,6 +229,7 @@ def of_tables(folder: RunFolder, config: Config) -> dict[str, Any]:
     curve = [
         {
             "accuracy": _number(row["accuracy"]),
+            "bytes": float(row["bytes_up"]) + float(row["bytes_down"]),
             "virtual_s": float(row["virtual_s"]),
             "clients_s": worked.get(row["round"], 0.0),
             "server_flops": float(row["server_flops"]),

@@ -25,6 +25,8 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "traffic_ratio": ("subnet traffic", "if each unit had a machine of its own; in full 2, forward only 1", "%"),
     "bytes_ratio": ("bytes", "between clients and server, both ways", "x"),
     "accuracy_points": ("points", "accuracy less that of the reference", "points"),
+    "bytes_speedup": ("fewer bytes", f"bytes, both ways, {TARGET}", "x"),
+    "virtual_s": ("virtual s", "modelled seconds of the whole run", "number"),
     "virtual_speedup": ("virtual speed", f"modelled seconds {TARGET}", "x"),
     "wall_speedup": ("wall speed", f"seconds that the clients' rounds took here {TARGET}", "x"),
     "compute_speedup": ("compute speed", f"the server's FLOPs {TARGET}", "x"),
