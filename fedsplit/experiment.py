@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         built = world(config)
         check(config, built)
         folder = RunFolder.create(config, root)
-        state = start(built)
+        state = folder.shelved(start(built))
         plot_partition(built.shards, built.data.train.labels, built.data.classes, folder.path / "partition.png")
     progress.begin(built, folder, state.round)
     loop = _Loop(config, built, folder, runner, progress)
@@ -81,8 +82,9 @@ def own_models(built: World, state: State, clients: Sequence[Mapping[str, str]])
     A device that never took part has the global model. `clients` are the rows of clients.csv.
     """
     rows: list[dict[str, Any]] = []
+    took_part = Counter(int(row["client"]) for row in clients if not row["failure"])
     for client, held_out in enumerate(built.held_out):
-        rounds = sum(row["client"] == str(client) and not row["failure"] for row in clients)
+        rounds = took_part[client]
         own = personal.own(state.memory.get(client, b"")) | personal.own_at_server(state.notes.get(client, b""))
         built.load(state.model | own)
         tested = personal.accuracy(built, client) if len(held_out) else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fedsplit import personal
+from fedsplit import personal, shelf
 from fedsplit.control import steer
 from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.rng import numpy_rng
@@ -37,7 +37,8 @@ Listener = Callable[[Update | Failure], None]
 class State:
     """What outlives a round: trained parameters, a shared optimiser's state, the clients' own memory, notes on them.
 
-    `memory` is at the server in a simulation only; it is empty for a client that has nothing to remember.
+    `memory` is at the server in a simulation only; a client that has nothing to remember is not in it. In a run
+    both it and `notes` are on disk (`fedsplit.shelf`): whoever reads them should read what is needed.
     `notes` say what a client kept to itself in its last update (`fedsplit.personal`), `control` is what the
     controllers remember, by name: plain JSON.
     """
@@ -95,7 +96,7 @@ class _Desk:
     ) -> None:
         self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
-        self.memory, self.notes = dict(state.memory), dict(state.notes)
+        self.memory, self.notes = state.memory, state.notes
         self.choices, self.control = steer.propose(world, state.control, number, order)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
@@ -114,24 +115,25 @@ class _Desk:
         same = not self.world.codecs["parameters-down"]  # a codec may treat clients differently
         jobs = []
         for number in clients:
-            own = personal.away(self.notes.get(number, b""))
+            notes = self.notes.get(number, b"")
+            own = personal.away(notes)
             slot = own if same else number
             link = self.links[number] = self._link(number)
-            link.recall(unpack(self.notes.get(number, b"")))
+            link.recall(unpack(notes))
             if slot not in frames:
                 down = {name: value for name, value in client.items() if name not in own}
                 frames[slot] = link.encode("parameters-down", down)
                 held = unpack(self.memory.get(number, b"")) if not same else {}
                 self.deviations[number] = deviation(self._link(number), held, down, frames[slot])
             link.hold("parameters-up", client)
-            jobs.append(self._job(number, frames[slot], server))
+            jobs.append(self._job(number, frames[slot], server, notes))
         return jobs
 
     def _link(self, client: int) -> Link:
         return steered(self.world, self.choices.get(client, "")).link(self.number, client)
 
-    def _job(self, client: int, down: bytes, server: bytes) -> Job:
-        memory, notes = self.memory.get(client, b""), personal.for_the_body(self.notes.get(client, b""))
+    def _job(self, client: int, down: bytes, server: bytes, notes: bytes) -> Job:
+        memory, notes = self.memory.get(client, b""), personal.for_the_body(notes)
         return Job(client, self.number, self.attempt, down, server, memory, notes, self.choices.get(client, ""))
 
     def take(self, results: Iterator[Update | Failure]) -> None:
@@ -176,14 +178,10 @@ class _Desk:
             merge = self.world.config.piece("share.merge").merge
             model = {**model, **merge(averaged, [self.tensors[client] for client in ids], weights)}
         kept = self.optimizer if self.world.config.server.optimizer == "keep" and not parallel else {}
-        memory = {**self.memory, **{client: update.memory for client, update in self.updates.items()}}
-        notes = {**self.notes, **self.fresh_notes}
+        fresh = {client: update.memory for client, update in self.updates.items()}
+        memory, notes = shelf.put(self.memory, self.number, fresh), shelf.put(self.notes, self.number, self.fresh_notes)
         control = steer.attended(self.world.config, self.control, self.number, self.updates)
-        return State(self.number, model, kept, _written(memory), _written(notes), control)
-
-
-def _written(frames: Mapping[int, bytes]) -> dict[int, bytes]:
-    return {client: frame for client, frame in frames.items() if frame}
+        return State(self.number, model, kept, memory, notes, control)
 
 
 def sample(world: World, number: int, attempt: int) -> list[int]:

@@ -8,6 +8,7 @@ choices.csv        what each controller chose a round, and what it brought
 personal.csv       a row a device: its own model at the end (with eval.per-client)
 summary.json       the figures            model.safetensors
 checkpoint/        the state after the last rounds
+clients/           what clients wrote down, and the server's notes on them: files that checkpoints refer to
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,16 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fedsplit import checkpoints
+from fedsplit.checkpoints import sha256 as sha256
 from fedsplit.config import Config, load, to_toml
 from fedsplit.round import State
+from fedsplit.shelf import durable
 from fedsplit.types import FedsplitError, Scalar, Tensors
-from fedsplit.wire.frame import pack, unpack
+from fedsplit.wire.frame import pack
 
 TABLES = ("rounds", "clients", "ledger", "classes", "units", "choices")
 PACKAGES = ("fedsplit", "torch", "timm", "numpy", "peft", "flwr", "ray", "safetensors")
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,13 @@ class RunFolder:
         """Write `config` down as that of this run."""
         write(self.path / "config.toml", _head(config) + to_toml(config.values))
 
+    def shelved(self, state: State) -> State:
+        """`state` with what clients wrote down, and the notes on them, on disk."""
+        return checkpoints.shelved(self.path, state)
+
     def save(self, state: State) -> None:
         """Write a checkpoint: complete under its final name, or not there at all."""
-        final = self.path / "checkpoint" / f"round-{state.round:06d}"
-        scratch = final.with_name(f".{final.name}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        frame = pack(
-            {f"model|{k}": v for k, v in state.model.items()}
-            | {f"optim|{k}": v for k, v in state.optimizer.items()}
-            | {f"client|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.memory.items()}
-            | {f"notes|{k}": torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in state.notes.items()}
-        )
-        about = {"round": state.round, "sha256": sha256(state.model), "control": dict(state.control)}
-        _durable(scratch / "state.safetensors", frame)
-        _durable(scratch / "round.json", json.dumps(about).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        scratch.rename(final)
-        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+        checkpoints.save(self.path, state)
 
     def restore(self, first: State) -> State:
         """The state of the newest checkpoint, or `first`; rows of later rounds are dropped from the tables.
@@ -110,13 +98,14 @@ class RunFolder:
         Raises:
             FedsplitError: the checkpoint is damaged, or is not of a model with the parameters of `first`.
         """
-        found = self._checkpoints()
-        state = _read_checkpoint(found[-1]) if found else first
+        found = checkpoints.names(self.path)
+        state = checkpoints.read(self.path, found[-1]) if found else self.shelved(first)
         if {k: v.shape for k, v in state.model.items()} != {k: v.shape for k, v in first.model.items()}:
             raise FedsplitError(
                 f"The checkpoint {found[-1]} is not of the model in {self.path / 'config.toml'}; "
                 "undo what was changed there since the run began."
             )
+        checkpoints.tidy(self.path)
         for table in TABLES:
             self.trim(table, "round", state.round)
         return state
@@ -151,11 +140,8 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any], model: Tensors, metadata: dict[str, str] | None = None) -> None:
         """Write the model, with what its file says of it, and the summary, the summary last."""
-        _durable(self.path / "model.safetensors", pack(model, metadata))
+        durable(self.path / "model.safetensors", pack(model, metadata))
         write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoint").glob("round-*"))
 
     def trim(self, table: str, column: str, last: int) -> None:
         """Drop the rows of `<table>.csv` whose `column` is above `last`."""
@@ -167,34 +153,6 @@ class RunFolder:
             file.unlink()
         elif rows:
             self.table(table, rows)
-
-
-def _read_checkpoint(folder: Path) -> State:
-    try:
-        tensors = unpack((folder / "state.safetensors").read_bytes())
-        about = json.loads((folder / "round.json").read_text())
-        parts: dict[str, Tensors] = {"model": {}, "optim": {}, "client": {}, "notes": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition("|")
-            parts[part][rest] = value
-        if about["sha256"] != sha256(parts["model"]):
-            raise ValueError("another digest")
-        memory, notes = (
-            {int(client): frame.numpy().tobytes() for client, frame in parts[part].items()}
-            for part in ("client", "notes")
-        )
-        return State(about["round"], parts["model"], parts["optim"], memory, notes, about.get("control", {}))
-    except (OSError, ValueError, KeyError, TypeError, FedsplitError):
-        raise FedsplitError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from None
-
-
-def sha256(tensors: Mapping[str, Any]) -> str:
-    """A digest of named tensors, whatever their order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def sha256_text(text: str) -> str:
@@ -271,10 +229,3 @@ def fresh(root: Path, name: str) -> Path:
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
     return path
-
-
-def _durable(path: Path, content: bytes) -> None:
-    with path.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())

@@ -32,6 +32,9 @@ TINY: dict[str, Scalar] = {
     "data.test-limit": 20,
     "data.partition": "iid",
     "devices.count": 3,
+    "devices.per-round": 2,
+    "cut.tail": 1,
+    "share.partial": "ptls",  # clients, and the server's notes on them, have something to remember
     "model.image-size": 16,
     "rounds": 4,
     "local.batch-size": 8,
