@@ -8,11 +8,12 @@ real-valued property here) and distribution (needs a table, and devices in multi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedsplit.settings import Data
 
@@ -30,6 +31,41 @@ class Request:
     groups: int
     seed: int
     settings: Data
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One column (S,) in the place of a partitioner's table: what it deals are plain index arrays.
+
+    `labels` are the distinct ones, in the order of the table.
+    """
+
+    column: npt.NDArray[np.int64]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples S."""
+        return len(self.column)
+
+    def unique(self, column: str) -> Sequence[int]:
+        """The distinct labels, the only column that is asked for once all devices are dealt."""
+        assert column == "label"
+        return self.labels
+
+    def select(self, indices: Any) -> npt.NDArray[np.int64]:
+        """The entries at `indices`."""
+        return self.column[np.asarray(indices, dtype=np.int64)]
+
+    def shard(self, num_shards: int, index: int, contiguous: bool) -> npt.NDArray[np.int64]:
+        """Entry number `index` of `num_shards` of equal size, the first ones larger by one where they must be."""
+        assert contiguous
+        each, more = divmod(len(self.column), num_shards)
+        start = index * each + min(index, more)
+        return self.column[start : start + each + (index < more)]
 
 
 def _iid(request: Request) -> Any:

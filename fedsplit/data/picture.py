@@ -35,7 +35,11 @@ def draw(counts: npt.NDArray[np.int64], classes: Sequence[str], path: Path) -> N
         grid.set_xticks(range(total), classes, rotation=60 if long else 0, ha="right" if long else "center")
     if devices <= READABLE:
         grid.set_yticks(range(devices))
-    bars.barh(range(devices), counts.sum(axis=1), height=0.8, color="#31446b")
+    totals = counts.sum(axis=1)
+    if devices <= READABLE:
+        bars.barh(range(devices), totals, height=0.8, color="#31446b")
+    else:  # one shape, since ten thousand take longer than a round
+        bars.stairs(totals, np.arange(devices + 1) - 0.5, orientation="horizontal", fill=True, color="#31446b")
     bars.set_xlabel("samples")
     bars.tick_params(axis="x", rotation=60)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,34 @@ def test_every_partition_deals_disjoint_sorted_samples(digits: tuple[Images, Ima
         assert len(flat) == 1200
 
 
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_devices_hold_what_the_partitioner_itself_deals(
+    digits: tuple[Images, Images], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    devices = {"exponential": 5, "pathological": 10}.get(name, 7)
+    more = {"sizes": "100,200,50,60,70,80,90"} if name == "size" else {}
+    ours = give(digits, name, devices, **more)
+    tables: list[Any] = []
+
+    def with_its_own_table(request: Any) -> Any:
+        partitioner = PARTITIONS[name](request)
+        deals = partitioner.load_partition
+
+        def load_partition(device: int) -> Any:
+            if not tables:
+                deals(0)
+                tables.append(partitioner.dataset)
+            partitioner._dataset = tables[0]
+            return deals(device)["index"][:]
+
+        partitioner.load_partition = load_partition
+        return partitioner
+
+    monkeypatch.setattr(partitions, "PARTITIONS", {**PARTITIONS, name: with_its_own_table})
+    theirs = give(digits, name, devices, cache=str(tmp_path / "theirs"), **more)
+    assert len(tables) == 1 and all(map(np.array_equal, ours, theirs))
+
+
 @pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"natural-id"}))
 def test_the_seed_decides(digits: tuple[Images, Images], name: str, tmp_path: Path):
     devices = 5 if name == "exponential" else 8
