@@ -23,8 +23,8 @@ class Qsgd:
     Paper: arXiv 1610.02132 (QSGD), eq. 1 (the rounding) and section 4 (buckets).
     Place: wire, any stream.
     Off: not named.
-    Deviates: shares are of a bucket's largest value, which adds less noise, unless `norm` is l2, as in eq. 1. Levels are
-        packed at log2(2 levels + 1) bits, rounded up, rather than in Elias code: the length is then known beforehand,
+    Deviates: shares are of a bucket's largest value, which adds less noise, unless `norm` is l2, as in eq. 1. Levels
+        are packed at log2(2 levels + 1) bits, rounded up, not in Elias code: the length is then known beforehand,
         and zstd after it takes back some of the difference.
     """
 

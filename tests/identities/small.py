@@ -59,13 +59,14 @@ class Reference:
 def job_of(built: World, client: int = 0, number: int = 1) -> Job:
     """The first round's job for a client."""
     model = start(built).model
-    down = pack({name: model[name] for name in built.client})
+    down = built.link(number, client).encode("parameters-down", {name: model[name] for name in built.client})
     return Job(client, number, 0, down, pack({name: model[name] for name in built.server}))
 
 
-def tensors_of(update: Update) -> Tensors:
-    """Everything that trained, from both sides' frames."""
-    return {**unpack(update.up), **unpack(update.server)}
+def tensors_of(update: Update, built: World | None = None) -> Tensors:
+    """Everything that trained, from both sides' frames; `built` is of the codecs, if there are any."""
+    up = built.link(1, update.client).decode("parameters-up", update.up) if built else unpack(update.up)
+    return {**up, **unpack(update.server)}
 
 
 def unsplit(config: Config, make: Callable[[Any], torch.optim.Optimizer]) -> Reference:
