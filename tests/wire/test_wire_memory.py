@@ -1,4 +1,4 @@
-"""What codecs remember: error feedback, shared references, Caesar's recovery; from message to message and round to round."""
+"""What codecs remember: error feedback, shared references, Caesar's recovery; between messages and rounds."""
 
 from __future__ import annotations
 
