@@ -190,12 +190,13 @@ def test_bounds_that_are_the_wrong_way_round(piece: Any) -> None:
         piece(low=2 if piece is BatchSize else 0.5, high=1 if piece is BatchSize else 0.4)
 
 
+KIND = {"by-kind": lambda: ByKind("toy: local.batch-size=4, wire.topk.keep=0.5")}
 ASSIGN = [name for name, piece in CONTROLLERS.items() if hasattr(piece, "assign")]
 
 
 @pytest.mark.parametrize("name", ASSIGN)
 def test_a_controller_chooses_its_keys_for_the_clients_of_the_round(name: str) -> None:
-    piece = CONTROLLERS[name]()
+    piece: Any = KIND.get(name, CONTROLLERS[name])()
     devices = tuple(Rates(0.1 * d, 0.2 * d, 0.3 * d) for d in range(1, 5))
     loads = {client: plain(down_bytes=5, up_bytes=5, sample_flops=3.0) for client in (1, 3)}
     told = Facts(4, (1, 3), (10, 5, 10, 5), (0, 1, 2, 3), 2, LABELS, devices, loads)

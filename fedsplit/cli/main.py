@@ -66,6 +66,15 @@ def build() -> argparse.ArgumentParser:
     whole = "FedAvg full fine-tuning if left out; the run's data, model, devices and passes where it does not say"
     plan.add_argument("--against", metavar="F.toml", help=f"config to compare with: {whole}")
     plan.add_argument("--json", action="store_true", help="one JSON document")
+    plan.add_argument("--choose", action="store_true", help="choose values for each kind of device of the fleet")
+    tries = "with --choose: values to weigh, preferred first (default: the cut and the batch); repeatable"
+    plan.add_argument("--try", dest="tries", action="append", default=[], metavar="KEY=V|V|V", help=tries)
+    bounds = (
+        "with --choose: a bound on seconds, bytes, joules, memory_bytes or storage_bytes of a client and round, or on "
+        "the blocks at the front, which are at least so many"
+    )
+    plan.add_argument("--limit", action="append", default=[], metavar="NAME=X", help=bounds)
+    plan.add_argument("--write", metavar="F.toml", help="with --choose: write the chosen config there")
 
     audit = _add(commands, "audit", _audit, "attack a finished run, and say what its activations give away")
     audit.add_argument("run", nargs="?", help="run folder; without it, --config and the weights that it starts from")
@@ -169,7 +178,22 @@ def _plan(options: argparse.Namespace) -> int:
     from fedsplit.config import load
 
     config = load(options.config, options.set)
+    if options.choose:
+        return _choose(config, options)
+    if options.tries or options.limit or options.write:
+        raise FedsplitError("--try, --limit and --write belong to --choose; add it.")
     found = document(config, options.against)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    return 0
+
+
+def _choose(config: Config, options: argparse.Namespace) -> int:
+    from fedsplit.cli.choose import document, show
+
+    found = document(config, options.tries, options.limit, options.write)
     if options.json:
         print(json.dumps(found, indent=2))
     else:

@@ -11,6 +11,11 @@ class Device(Protocol):
     """The time model of one device: rates in FLOP/s and bytes/s, as seconds; infinite rates give 0."""
 
     @property
+    def name(self) -> str:
+        """Its kind."""
+        ...
+
+    @property
     def latency_s(self) -> float:
         """Seconds that every message adds."""
         ...
@@ -53,7 +58,8 @@ class Facts:
     `clients` are those sampled for it, ascending. By device: `samples`, its number of them; `last`, the last
     round whose update was let in, 0 if there was none; `labels`, how many of each class it says it has, which it
     says once: they are empty unless the controller has `reveal`, and in all but its first proposal. `steps` is
-    `local.max-steps`. `devices`, by device, and `loads`, of `clients`, are there for a controller that is `timed`.
+    `local.max-steps`. `devices`, by device, and `loads`, of `clients`, are there for a controller that is `timed`;
+    one that is `placed` has the devices alone.
     """
 
     round: int

@@ -18,7 +18,7 @@ from fedsplit.client import plan_batches
 from fedsplit.config import Config, keys
 from fedsplit.control.facts import Facts, Load
 from fedsplit.control.loads import load_of
-from fedsplit.places import PLACES
+from fedsplit.places import PLACES, Place
 from fedsplit.types import FedsplitError, Job, Scalar
 from fedsplit.world import World, steered
 
@@ -125,7 +125,7 @@ def _facts(world: World, memories: Memories, number: int, chosen: Choices, name:
         last=tuple(last.get(str(device), 0) for device in devices),
         steps=world.config.local.max_steps,
         labels=_labels(world, name, piece) if hasattr(piece, "reveal") and not memories.get(name) else (),
-        devices=world.fleet if timed else (),
+        devices=world.fleet if timed or hasattr(piece, "placed") else (),
         loads=_loads(world, chosen, last) if timed else {},
     )
 
@@ -164,22 +164,34 @@ def check(world: World) -> None:
             _check_learner(world, name, piece)
         if getattr(piece, "timed", False):
             _check_timed(world.config, name, piece)
+        if hasattr(piece, "placed"):
+            piece.meet(profile.name for profile in world.fleet)
+
+
+def may_differ(key: str) -> bool:
+    """Whether a key may differ from client to client."""
+    known = {f"{place.prefix}.{piece}" for place in _free_lists() for piece in place.pieces}
+    return key in FREE or (key in keys() and key.rpartition(".")[0] in known)
+
+
+def is_named(config: Config, key: str) -> bool:
+    """Whether a key that may differ does anything in `config`: it is the core's, or its piece is in a list."""
+    named = {f"{place.prefix}.{piece}" for place in _free_lists() for piece in config.names(place.key)}
+    return key in FREE or key.rpartition(".")[0] in named
+
+
+def _free_lists() -> list[Place]:
+    return [place for place in PLACES if place.prefix == "wire" or place.key == "body.plans"]
 
 
 def _check_key(config: Config, name: str, key: str) -> None:
-    if key in FREE:
-        return
-    owner = key.rpartition(".")[0]
-    lists = [place for place in PLACES if place.prefix == "wire" or place.key == "body.plans"]
-    known = {f"{place.prefix}.{piece}" for place in lists for piece in place.pieces}
-    if key not in keys() or owner not in known:
+    if not may_differ(key):
         raise FedsplitError(
             f"control.tune={name} sets {key}, which must not differ from client to client; those that may are "
             f"{', '.join(FREE)}, and the keys of codecs and of the pieces of body.plans."
         )
-    named = {f"{place.prefix}.{piece}" for place in lists for piece in config.names(place.key)}
-    if owner not in named:
-        piece = owner.partition(".")[2]
+    if not is_named(config, key):
+        piece = key.rpartition(".")[0].partition(".")[2]
         raise FedsplitError(f"control.tune={name} sets {key}, but no '{piece}' is named; name it in a list.")
 
 
