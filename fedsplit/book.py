@@ -7,7 +7,8 @@ of them follow, and what a device has kept, is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,7 @@ from fedsplit.world import Indices, World, steered
 
 # Steps that are taken on shapes for the peaks of plans that change from step to step: moments gather in turn.
 MOST_STEPS = 16
+BATCH = "local.batch-size"
 
 
 class Book:
@@ -62,6 +64,8 @@ class Book:
         self._scores: dict[int, Tensors] = {}
         self._memory: dict[int, Tensors] = {}
         self._held: dict[int, Any] = {}
+        self._before: dict[int, tuple[Any, ...]] = {}
+        self._peaks: dict[int, int] = {}
         self._steps: dict[Any, Report] = {}
         self._sizes: dict[Any, Counter[int]] = {}
 
@@ -79,18 +83,22 @@ class Book:
     def choices(
         self, memories: steer.Memories, number: int, order: Sequence[int]
     ) -> tuple[dict[int, str], steer.Memories]:
-        """What controllers choose for the clients of a round that all end well, and their memories after it.
+        """What controllers choose for the clients of a round, and their memories after it.
 
         What is learnt from accuracy cannot be known: such a controller leaves the keys as they are.
         """
-        choices, after = steer.propose(self._steering, memories, number, order)
-        return choices, steer.attended(self._steering.config, after, number, order)
+        return steer.propose(self._steering, memories, number, order)
+
+    def attended(self, memories: steer.Memories, number: int, clients: Iterable[int]) -> steer.Memories:
+        """The memories after a round in which the updates of `clients` count."""
+        return steer.attended(self._steering.config, memories, number, clients)
 
     def report(self, number: int, client: int, choices: str = "") -> Report:
         """The figures of `client` in round `number`; `local` is then its count of samples in local steps.
 
         `choices` are what controllers chose for it.
         """
+        before = self._kept(client)
         world, job = self._steered(choices), Job(client, number, 0, b"", b"")
         scored, kept, count = self._choose(job)
         shard = world.shards[client]
@@ -98,10 +106,11 @@ class Book:
         tally = Tally(world)
         sizes = self._steps_of(world, job, kept, count, tally)
         seen = sum(size * steps for (size, _), steps in sizes.items())
-        computed = self._computed(world, job, self.epochs + scored, kept, seen)
+        early, computed = self._computed(world, job, self.epochs + scored, kept, seen)
         if world.cache is not None:
             self.stored = max(self.stored, int(self._held[client].sum()) * world.cache.sample_bytes)
         self.seen += seen
+        self._before[client] = (seen, *before)
         self._longest = max(self._longest, min(world.config.local.batch_size, len(shard)))
         again = client in self._met
         self._met.add(client)
@@ -121,10 +130,24 @@ class Book:
             bytes=sent,
             raw_bytes=raw,
             messages=messages,
-            client_flops=client_compute(world, seen, self.local, scored * len(shard), computed),
+            **client_compute(world, seen, self.local, scored * len(shard), computed, early),
             server_flops=client_share(world)[1] * seen,
         )
         return replace(report, **tally.figures(report))
+
+    def undo(self, client: int) -> None:
+        """The last round of `client` did not count: it keeps nothing of it."""
+        added, met, *kept = self._before.pop(client)
+        self.seen -= added
+        (self._met.add if met else self._met.discard)(client)
+        for place, value in zip((self._memory, self._held, self._scores), kept, strict=True):
+            place.pop(client, None)
+            if value is not None:
+                place[client] = value
+
+    def _kept(self, client: int) -> tuple[Any, ...]:
+        """Whether the client took part before, and copies of what is known of it."""
+        return client in self._met, *(copy(place.get(client)) for place in (self._memory, self._held, self._scores))
 
     def peaks(self) -> tuple[int, int]:
         """Peak bytes at a client and at the server, of the longest batch of either kind of step."""
@@ -153,6 +176,31 @@ class Book:
         config = self.world.config
         names = (name for name, piece in steer.controllers(config).items() if hasattr(piece, "assign"))
         return replace(self.world, config=config.replace(control__tune=",".join(names)))
+
+    def client_peak(self, client: int) -> int:
+        """Peak bytes at a client in its longest step, of either kind; what it keeps of the front not counted."""
+        size = min(self._largest_batch(client), len(self.world.shards[client]))
+        if size not in self._peaks:
+            phases, limit = self.world.config.local.phases, self.world.config.front.cache_memory_bytes
+            reports = [self._step(self.world, size, ORDINARY)]
+            if phases:
+                reports.append(self._probe(size, [ORDINARY], local__epochs=0, local__phases=phases))
+            self._peaks[size] = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)
+        return self._peaks[size]
+
+    def kept_bytes(self, client: int) -> int:
+        """Bytes of front outputs that a client may come to keep."""
+        cache, shard = self.world.cache, self.world.shards[client]
+        return 0 if cache is None else int(cache.fits(len(shard), client).sum()) * cache.sample_bytes
+
+    def _largest_batch(self, client: int) -> int:
+        """The most samples of a step that the config, or a controller, may give a client."""
+        largest = self.world.config.local.batch_size
+        for piece in steer.controllers(self.world.config).values():
+            kind = self.world.fleet[client].name
+            choices = [piece.kinds.get(kind, {})] if hasattr(piece, "placed") else piece.choices
+            largest = max([int(choice[BATCH]) for choice in choices if BATCH in choice], default=largest)
+        return largest
 
     @cached_property
     def tokens(self) -> tuple[int, int]:
@@ -219,28 +267,29 @@ class Book:
         self._scores[job.client] = planner.memory()
         return sizes
 
-    def _computed(self, world: World, job: Job, passes: int, kept: Indices | None, seen: int) -> int:
-        """How many visits went through the frozen front: `passes` over all samples, then `seen` of those kept."""
+    def _computed(self, world: World, job: Job, passes: int, kept: Indices | None, seen: int) -> tuple[int, int]:
+        """How many visits went through the frozen front in `passes` over all samples, and with `seen` of those kept."""
         shard, cache = world.shards[job.client], world.cache
         if cache is None:
-            return passes * len(shard) + seen
+            return passes * len(shard), passes * len(shard) + seen
         fits = cache.fits(len(shard), job.client)
         held = self._held.setdefault(job.client, np.zeros(len(shard), dtype=bool))
         computed = 0
         for _ in range(passes):
             computed += int((~held).sum())
             held |= fits
+        early = computed
         if held.all():
-            return computed
+            return early, computed
         if kept is None:
             if fits.any():
                 self.estimated.add("client FLOPs: which of the kept samples have no room for a kept front output")
-            return computed + round(seen * float((~fits).mean()))
+            return early, computed + round(seen * float((~fits).mean()))
         for indices, _ in plan_batches(world, job, kept):
             places = np.searchsorted(shard, indices)
             computed += int((~held[places]).sum())
             held[places] |= fits[places]
-        return computed
+        return early, computed
 
     def _step(self, world: World, size: int, order: Order) -> Report:
         codecs = tuple(tuple(stages) for stream, stages in world.codecs.items() if stream not in PARAMETERS)

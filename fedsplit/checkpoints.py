@@ -49,6 +49,7 @@ def save(run: Path, state: State) -> None:
     model = {f"model|{name}": value for name, value in state.model.items()}
     frame = pack(model | {f"optim|{name}": value for name, value in state.optimizer.items()})
     about = {"round": state.round, "sha256": sha256(state.model), "control": dict(state.control)}
+    about["clock_s"] = state.clock_s
     about |= {name: getattr(state, name).as_dict() for name in SHELVES}
     durable(scratch / "state.safetensors", frame)
     durable(scratch / "round.json", json.dumps(about).encode())
@@ -88,7 +89,8 @@ def read(run: Path, folder: Path) -> State:
             f"The checkpoint {folder} holds the memory of clients as an earlier fedsplit wrote it; "
             "go on with that version, or start the run anew."
         )
-    return State(about["round"], parts["model"], parts["optim"], memory, notes, about.get("control", {}))
+    control, clock_s = about.get("control", {}), about.get("clock_s", 0.0)
+    return State(about["round"], parts["model"], parts["optim"], memory, notes, control, clock_s)
 
 
 def sha256(tensors: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -77,6 +78,7 @@ def work(
     memory = unpack(job.memory)
     stock = Stock(world, job, memory)
     alone = work_alone(world, job, client, stock, lr, memory)
+    early = stock.computed
     steps = list(plan_batches(world, job, alone.kept))
     planner = Planner(world, job, memory)
     client.metrics = body.metrics = planner.metrics
@@ -94,7 +96,7 @@ def work(
         for meter in (client.meter, body.meter):
             meter.turn() if planner.pieces else meter.close()
         seen += len(batch.y)
-    report = _measured(world, job, client, body, seen, alone, stock)
+    report = _measured(world, job, client, body, seen, alone, stock, early)
     report = replace(
         report,
         **tally.figures(report),
@@ -195,22 +197,34 @@ def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: in
     return step(client, body, batch, noise, order)
 
 
-def client_compute(world: World, seen: int, alone: int, scored: int, computed: int) -> int:
-    """FLOPs at the client: `seen` samples in split steps, `alone` in local ones, `scored` looked at.
+def client_compute(world: World, seen: int, alone: int, scored: int, computed: int, early: int) -> dict[str, Any]:
+    """FLOPs at the client, as in its report: `seen` samples in split steps, `alone` in local ones, `scored` looked at.
 
-    Of all these, `computed` went through the frozen part of the front; the others were kept.
+    Of all these, `computed` went through the frozen part of the front, `early` of them before the split steps;
+    the others were kept. A frozen front only goes forward.
     """
     flops = world.flops
-    spared = seen + alone + scored - computed
-    return client_share(world)[0] * seen + flops.local * alone + flops.score * scored - flops.kept * spared
+    frozen = flops.kept if world.trains.front else flops.front
+    kept = flops.kept * (alone + scored - early)
+    later = flops.kept * (seen - (computed - early))
+    local = flops.local * alone + flops.score * scored - kept
+    forward = frozen * alone + flops.score * scored - kept
+    return {
+        "client_flops": client_share(world)[0] * seen - later + local,
+        "client_infer_flops": frozen * seen - later + forward,
+        "local_flops": local,
+        "local_infer_flops": forward,
+    }
 
 
-def _measured(world: World, job: Job, client: Client, body: LocalBody, seen: int, alone: Alone, stock: Stock) -> Report:
+def _measured(
+    world: World, job: Job, client: Client, body: LocalBody, seen: int, alone: Alone, stock: Stock, early: int
+) -> Report:
     """Compute and memory of a round of `seen` samples, and its personalised accuracy if that is asked for."""
     tails = [body.tail] if body.tail else []
     tested = len(world.held_out[job.client]) if world.config.eval.per_client else 0
     return Report(
-        client_flops=client_compute(world, seen, alone.seen, alone.scored, stock.computed),
+        **client_compute(world, seen, alone.seen, alone.scored, stock.computed, early),
         server_flops=client_share(world)[1] * seen,
         client_peak_bytes=_weights([client.front, *([] if tails else [client.tail])])
         + max(alone.step_bytes, client.optimizer.state_bytes() + client.meter.saved_bytes)

@@ -17,6 +17,7 @@ from fedsplit.client import plan_batches
 from fedsplit.config import Config
 from fedsplit.control import steer
 from fedsplit.data.partitions import plot as plot_partition
+from fedsplit.devices import cohort, fit
 from fedsplit.metrics.quality import Quality, evaluate
 from fedsplit.progress import Progress, Silent
 from fedsplit.round import Outcome, Runner, State, run_round, sample
@@ -82,7 +83,7 @@ def own_models(built: World, state: State, clients: Sequence[Mapping[str, str]])
     A device that never took part has the global model. `clients` are the rows of clients.csv.
     """
     rows: list[dict[str, Any]] = []
-    took_part = Counter(int(row["client"]) for row in clients if not row["failure"])
+    took_part = Counter(int(row["client"]) for row in clients if not (row["failure"] or row["late"]))
     for client, held_out in enumerate(built.held_out):
         rounds = took_part[client]
         own = personal.own(state.memory.get(client, b"")) | personal.own_at_server(state.notes.get(client, b""))
@@ -104,7 +105,8 @@ def check(config: Config, built: World) -> None:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
             are, a fault that can never happen, a client that cannot work alone as it is asked to, or that
             should keep parameters of its own where all take turns at one model, codecs that cannot be
-            had on their stream, a plan that cannot be had, or a controller without what it learns from.
+            had on their stream, a plan that cannot be had, or a controller without what it learns from; a
+            device that cannot hold its part.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -118,6 +120,7 @@ def check(config: Config, built: World) -> None:
                 f"engine.faults: '{fault.kind}' never happens to client {fault.client}: "
                 f"clients are 0 to {devices - 1}, rounds 1 to {config.rounds}."
             )
+    cohort.check(built)
     local.check(built)
     personal.check(built)
     chain.check(built.codecs)
@@ -127,6 +130,7 @@ def check(config: Config, built: World) -> None:
     steer.check(built)
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
+    fit.check(built)
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,9 @@ class _Loop:
         number = state.round + 1
         state = self._with_control(state)
         failures: list[Failure] = []
+        lost_s = lost_j = 0.0  # in attempts that stayed below the quorum
         for attempt in range(self.config.share.attempts):
-            self.progress.round(number, len(sample(self.world, number, attempt)))
+            self.progress.round(number, len(sample(self.world, number, attempt, state.clock_s)))
             outcome = run_round(self.world, state, attempt, self.runner, self.progress.heard)
             failures += outcome.failures
             for failure in outcome.failures:
@@ -152,6 +157,10 @@ class _Loop:
             if outcome.enough:
                 break
             self._below(state, outcome, attempt)
+            spent, state = outcome.cost, replace(state, clock_s=outcome.state.clock_s)
+            lost_s, lost_j = lost_s + spent.seconds, lost_j + spent.joules
+        spent = replace(outcome.cost, seconds=lost_s + outcome.cost.seconds, joules=lost_j + outcome.cost.joules)
+        outcome = replace(outcome, cost=spent)
         self.world.load(outcome.state.model)
         quality = self._quality(number)
         row = round_row(self.world, outcome, quality, len(failures), time.perf_counter() - begun)
@@ -191,7 +200,7 @@ class _Loop:
 
     def _below(self, state: State, outcome: Outcome, attempt: int) -> None:
         share = self.config.share
-        wanted = len(outcome.updates) + len(outcome.failures)
+        wanted = len(outcome.updates) + len(outcome.failures) + sum(not lost.reason for lost in outcome.lost)
         succeeded = f"{len(outcome.updates)} of {wanted} clients succeeded"
         text = f"round {state.round + 1}: {succeeded}, below share.quorum={share.quorum:g}"
         if share.below_quorum == "stop" or attempt + 1 == share.attempts:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit import attacks, body, control, data, front, share, tail, wire
+from fedsplit import attacks, body, control, data, devices, front, share, tail, wire
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ PLACES: tuple[Place, ...] = (
     Place("share.partial", "share", share.PARTIAL),
     Place("control.tune", "control", control.CONTROLLERS),
     Place("optimizer.schedule", "control", control.SCHEDULES, single=True),
+    Place("devices.availability", "devices", devices.AVAILABILITY, single=True),
 )
 # What a study does with a finished run: no part of a run, and of no influence on it.
 STUDIES: tuple[Place, ...] = (Place("audit.attacks", "audit", attacks.ATTACKS),)

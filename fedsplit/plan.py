@@ -2,7 +2,8 @@
 
 Every kind of step is taken once, by the code that a run takes it with, on tensors that have shapes and no
 values (`fedsplit.book`); who takes part, which steps follow and what a device has kept are counted round by
-round. A run's own figures agree with it, as long as no client fails.
+round. A run's own figures agree with it, as long as no client fails; those that drop out, straggle or come too
+late by the virtual clock are drawn as in the run.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from fedsplit.book import Book
 from fedsplit.client import client_share
 from fedsplit.config import Config
 from fedsplit.control import steer
-from fedsplit.devices.clock import cost, round_cost
+from fedsplit.devices.cohort import gather, settle
 from fedsplit.experiment import check
 from fedsplit.front.vit import can_pool_early
 from fedsplit.hollow import HollowCache
-from fedsplit.round import sample
+from fedsplit.round import quorum
 from fedsplit.types import STREAMS, FedsplitError
 from fedsplit.world import ghost
 
+Wire = tuple[Counter[str], Counter[str]]  # bytes by stream, coded and not
 SUMS = ("steps", "kept_samples", "local_samples", "scored_samples", "computed_samples", "messages")
 
 
@@ -79,7 +81,7 @@ class Account:
             "clients_per_round": self.client_rounds / self.config.rounds,
             "rounds": self.config.rounds,
             "samples_per_client": self.samples,
-            "per_client_round": {name: value / self.client_rounds for name, value in sums.items()},
+            "per_client_round": {name: value / max(1, self.client_rounds) for name, value in sums.items()},
             "total": {**sums, "virtual_s": self.virtual_s, "energy_j": self.energy_j},
             "client_peak_bytes": self.client_peak_bytes,
             "server_peak_bytes": self.server_peak_bytes,
@@ -90,7 +92,7 @@ class Account:
 
 
 def account(config: Config) -> Account:
-    """The account of a run of `config` in which no client fails.
+    """The account of a run of `config` in which no client fails but those that drop out by the virtual clock.
 
     Raises:
         FedsplitError: whatever is wrong with the config, the data or the model.
@@ -106,34 +108,64 @@ def account(config: Config) -> Account:
     total: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     raw: Counter[str] = Counter()
-    seconds = joules = 0.0
+    spent = [0.0, 0.0, 0.0]
     control: steer.Memories = {}
     for number in range(1, config.rounds + 1):
-        order = sample(world, number, 0)
-        choices, control = book.choices(control, number, order)
-        reports = [book.report(number, client, choices.get(client, "")) for client in order]
-        costs = [cost(report, config.devices) for report in reports]
-        whole = round_cost(costs, parallel=config.server.schedule == "splitfed-v1")
-        seconds, joules = seconds + whole.seconds, joules + whole.joules
-        for client, report in zip(order, reports, strict=True):
-            sent.update(report.bytes)
-            raw.update(report.raw_bytes)
-            total["clients"] += 1
-            total["samples"] += len(world.shards[client])
-            for name in ("client_flops", "server_flops", *SUMS):
-                total[name] += book.local if name == "local_samples" else getattr(report, name)
-    return _account(book, (sent, raw), total, seconds, joules)
+        after = _round(book, number, control, (sent, raw), total, spent)
+        if after is None:
+            book.estimated.add(f"the run: it stops in round {number}, where too few clients stay or come in time")
+            break
+        control = after
+    return _account(book, (sent, raw), total, *spent[:2])
 
 
-def _account(
-    book: Book, wire: tuple[Counter[str], Counter[str]], total: Mapping[str, int], seconds: float, joules: float
-) -> Account:
+def _round(
+    book: Book, number: int, control: steer.Memories, wire: Wire, total: Counter[str], spent: list[float]
+) -> steer.Memories | None:
+    """Add a round to the sums, and to seconds, joules and the clock.
+
+    Returns:
+        What the controllers remember after it; None where all its attempts fall short.
+    """
+    world = book.world
+    share = world.config.share
+    seconds, joules, clock_s = 0.0, 0.0, spent[2]
+    for attempt in range(share.attempts):
+        cohort = gather(world, number, attempt, clock_s)
+        choices, after = book.choices(control, number, cohort.clients)
+        reports, local = {}, {}
+        for client in cohort.clients:
+            reports[client], local[client] = book.report(number, client, choices.get(client, "")), book.local
+        settled = settle(world, cohort, reports)
+        seconds, joules = seconds + settled.whole.seconds, joules + settled.whole.joules
+        clock_s += settled.whole.seconds
+        enough = len(settled.costs) >= quorum(world, cohort)
+        for client in [lost.client for lost in settled.lost] if enough else list(reports):
+            book.undo(client)
+        if enough or share.below_quorum == "stop":
+            break
+    spent[:] = spent[0] + seconds, spent[1] + joules, clock_s
+    if not enough:
+        return None
+    for client in settled.costs:
+        total["clients"] += 1
+        total["samples"] += len(world.shards[client])
+        for name in SUMS:
+            total[name] += local[client] if name == "local_samples" else getattr(reports[client], name)
+    for report in [reports[client] for client in settled.costs] + [lost.report for lost in settled.lost]:
+        wire[0].update(report.bytes)
+        wire[1].update(report.raw_bytes)
+        total.update(client_flops=report.client_flops, server_flops=report.server_flops)
+    return book.attended(after, number, settled.costs)
+
+
+def _account(book: Book, wire: Wire, total: Mapping[str, int], seconds: float, joules: float) -> Account:
     world, (client_peak, server_peak) = book.world, book.peaks()
     return Account(
         config=world.config,
         devices=len(world.shards),
         client_rounds=total["clients"],
-        samples=total["samples"] / total["clients"],
+        samples=total["samples"] / max(1, total["clients"]),
         bytes={name: wire[0][name] for name in STREAMS},
         raw_bytes={name: wire[1][name] for name in STREAMS},
         counts={name: total[name] for name in SUMS},

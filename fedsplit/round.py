@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from fedsplit import personal, shelf
 from fedsplit.control import steer
-from fedsplit.devices.clock import Cost, cost, round_cost
-from fedsplit.rng import numpy_rng
+from fedsplit.devices.clock import Cost
+from fedsplit.devices.cohort import Cohort, Lost, Settled, dropout, farewell, gather, settle
 from fedsplit.share.gate import Refused, admit
-from fedsplit.types import Failure, Job, Tensors, Update
+from fedsplit.types import Failure, Job, Report, Tensors, Update
 from fedsplit.wire.deviation import deviation
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link
@@ -40,7 +40,7 @@ class State:
     `memory` is at the server in a simulation only; a client that has nothing to remember is not in it. In a run
     both it and `notes` are on disk (`fedsplit.shelf`): whoever reads them should read what is needed.
     `notes` say what a client kept to itself in its last update (`fedsplit.personal`), `control` is what the
-    controllers remember, by name: plain JSON.
+    controllers remember, by name: plain JSON. `clock_s` is the virtual time at which the next round may begin.
     """
 
     round: int
@@ -49,11 +49,17 @@ class State:
     memory: Mapping[int, bytes] = field(default_factory=dict)
     notes: Mapping[int, bytes] = field(default_factory=dict)
     control: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    clock_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished round: the new state, who took part with what cost, and who failed."""
+    """A finished round: the new state, who took part with what cost, and who failed.
+
+    `lost` are the clients that the virtual clock left out: they dropped out (and failed) or came too late. What
+    they had sent and computed by then is in `reports`, and in `cost`, that of the whole round. `waited_s` passed
+    before it, until enough devices were available.
+    """
 
     state: State
     updates: tuple[Update, ...]
@@ -61,6 +67,14 @@ class Outcome:
     costs: tuple[Cost, ...]
     cost: Cost
     enough: bool
+    lost: tuple[Lost, ...] = ()
+    waited_s: float = 0.0
+    profiles: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def reports(self) -> list[Report]:
+        """The figures of all who took part."""
+        return [update.report for update in self.updates] + [lost.report for lost in self.lost]
 
 
 def run_round(world: World, state: State, attempt: int, runner: Runner, heard: Listener) -> Outcome:
@@ -68,36 +82,45 @@ def run_round(world: World, state: State, attempt: int, runner: Runner, heard: L
 
     SplitFed-V1 gives every client its own copy of the body and averages both sides. SplitFed-V2
     takes clients in turn through one body and averages the client parts. Sequential split learning
-    hands everything from client to client. A client that fails is left out; nothing it sent is used.
+    hands everything from client to client. A client that fails is left out; nothing it sent is used. Nor is
+    what comes too late by the virtual clock (`fedsplit.devices.cohort`).
     """
     schedule = world.config.server.schedule
     number = state.round + 1
-    order = sample(world, number, attempt)
+    cohort = gather(world, number, attempt, state.clock_s)
     parallel = schedule == "splitfed-v1"
-    desk = _Desk(world, state, number, attempt, heard, order)
+    desk = _Desk(world, state, cohort, heard)
     if parallel:
-        desk.take(runner.run(desk.jobs(sorted(order))))
+        desk.take(runner.run(desk.jobs(sorted(cohort.clients))))
     else:
-        for client in order:
+        for client in cohort.clients:
             desk.take(runner.run(desk.jobs([client])))
             desk.hand_over(everything=schedule == "sequential")
+    settled = desk.settled()
     updates = tuple(desk.updates[client] for client in sorted(desk.updates))
-    enough = len(updates) >= max(1, math.ceil(world.config.share.quorum * len(order)))
-    costs = tuple(cost(update.report, world.config.devices) for update in updates)
-    new = desk.merged(parallel) if enough else state
-    return Outcome(new, updates, tuple(desk.failures), costs, round_cost(costs, parallel=parallel), enough)
+    enough = len(updates) >= quorum(world, cohort)
+    new = replace(desk.merged(parallel) if enough else state, clock_s=state.clock_s + settled.whole.seconds)
+    costs = tuple(settled.costs[update.client] for update in updates)
+    profiles = {client: world.fleet[client].name for client in cohort.clients}
+    return Outcome(
+        new, updates, tuple(desk.failures), costs, settled.whole, enough, settled.lost, cohort.waited_s, profiles
+    )
+
+
+def quorum(world: World, cohort: Cohort) -> int:
+    """How many updates a round needs at least."""
+    return max(1, math.ceil(world.config.share.quorum * cohort.wanted))
 
 
 class _Desk:
     """The server's table during one round: jobs out, admitted tensors in."""
 
-    def __init__(
-        self, world: World, state: State, number: int, attempt: int, heard: Listener, order: Sequence[int]
-    ) -> None:
-        self.world, self.number, self.attempt, self.heard = world, number, attempt, heard
+    def __init__(self, world: World, state: State, cohort: Cohort, heard: Listener) -> None:
+        self.world, self.cohort, self.heard = world, cohort, heard
+        self.number, self.attempt = cohort.number, cohort.attempt
         self.model, self.optimizer = dict(state.model), dict(state.optimizer)
         self.memory, self.notes = state.memory, state.notes
-        self.choices, self.control = steer.propose(world, state.control, number, order)
+        self.choices, self.control = steer.propose(world, state.control, cohort.number, cohort.clients)
         if world.config.server.optimizer != "keep":
             self.optimizer = {}
         self.updates: dict[int, Update] = {}
@@ -106,6 +129,7 @@ class _Desk:
         self.links: dict[int, Link] = {}
         self.deviations: dict[int, dict[str, Any]] = {}
         self.failures: list[Failure] = []
+        self.dropped: dict[int, Report] = {}
 
     def jobs(self, clients: Sequence[int]) -> list[Job]:
         """One job per client, from the model as it stands now."""
@@ -143,6 +167,9 @@ class _Desk:
         may_lack = personal.may_withhold(self.world)
         limit = self.world.config.share.max_update_bytes or 2 * len(pack(client)) + 65536
         for result in results:
+            if isinstance(result, Update) and (fraction := dropout(self.world, self.cohort, result.client)) is not None:
+                self.dropped[result.client] = result.report
+                result = Failure(result.client, farewell(fraction))
             if isinstance(result, Update):
                 try:
                     link = self.links[result.client]
@@ -167,6 +194,14 @@ class _Desk:
             self.model |= {name: last[name] for name in names}
             self.optimizer = {name: value for name, value in last.items() if "|" in name}
 
+    def settled(self) -> Settled:
+        """What the virtual clock says of the round; updates that came too late for it are left out."""
+        reports = {client: update.report for client, update in self.updates.items()} | self.dropped
+        settled = settle(self.world, self.cohort, reports)
+        for client in set(self.updates) - set(settled.costs):
+            del self.updates[client], self.tensors[client], self.fresh_notes[client]
+        return settled
+
     def merged(self, parallel: bool) -> State:
         """The state after this round."""
         schedule = self.world.config.server.schedule
@@ -184,9 +219,6 @@ class _Desk:
         return State(self.number, model, kept, memory, notes, control)
 
 
-def sample(world: World, number: int, attempt: int) -> list[int]:
-    """The clients of a round, in the order in which a serial schedule takes them."""
-    count = len(world.shards)
-    wanted = min(world.config.devices.per_round or count, count)
-    draw = numpy_rng(world.key("sample", number, attempt)).permutation(count)
-    return [int(client) for client in draw[:wanted]]
+def sample(world: World, number: int, attempt: int, clock_s: float = 0.0) -> list[int]:
+    """The clients of a round that begins at virtual time `clock_s`, in the order in which they would take turns."""
+    return list(gather(world, number, attempt, clock_s).clients)

@@ -176,6 +176,13 @@ class Devices:
     fleet: str = knob("", "profiles of the devices and their weights, e.g. 'pi4:6,orin-nano:3,phone:1'; names of configs/devices or paths of .toml files; empty is the uniform rates above, which a fleet replaces but for the server's")
     jitter: float = knob(0.0, "standard deviation of the logarithm of a seeded factor on each device's compute, down and up rates; 0 is off", low=0.0)
     precision: str = knob("fp32", "which rates of a profile the virtual clock takes: fp32 or fp16; no result depends on it", choices=("fp32", "fp16"))
+    availability: str = knob("always", "which devices are there when a round begins: a name of fedsplit.devices.AVAILABILITY; the clock waits until enough are")
+    dropout: float = knob(0.0, "probability that a client drops out in the middle of a round", low=0.0, high=1.0)
+    straggle: float = knob(0.0, "probability that a device is slow in a round", low=0.0, high=1.0)
+    straggle_factor: float = knob(5.0, "how many times as long a slow device takes", low=1.0)
+    server_workers: int = knob(0, "clients that the server serves at once, each at server-flops-per-s, the others queue; 0 is no limit", low=0)
+    deadline_s: float = knob(0.0, "virtual seconds after which a round takes no more updates; 0 is none", low=0.0)
+    over_select: float = knob(1.0, "ask so many times devices.per-round clients, and take the first devices.per-round updates; 1.0 is off", low=1.0)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ class Eval:
     every: int = knob(1, "evaluate the global model on the central test set every so many rounds (and after the last)", low=1)
     per_client: bool = knob(False, "also test each client's own model on its held-out samples (needs data.local-test)")
     batch_size: int = knob(256, "samples per evaluation step", low=1)
+    target: float = knob(0.0, "test accuracy (0 to 1) to which virtual seconds, joules and bytes are reported; 0 is none", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)

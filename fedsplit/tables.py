@@ -15,15 +15,18 @@ from fedsplit import runs
 from fedsplit.client import learning_rate
 from fedsplit.config import Config
 from fedsplit.control import steer
+from fedsplit.devices.clock import PHASES, Cost
+from fedsplit.devices.cohort import Lost
 from fedsplit.metrics.quality import Quality
 from fedsplit.round import Outcome
 from fedsplit.runs import RunFolder
-from fedsplit.types import STREAMS, Failure, Update
+from fedsplit.types import STREAMS, Failure, Report, Update
 from fedsplit.world import World
 
 SUMS = (
     *(f"bytes_{way}" for way in ("up", "down", "activations", "gradients", "parameters", "raw")),
     "client_flops", "server_flops", "virtual_s", "energy_j", "wall_s", "kept_samples", "failures",
+    "late", "waited_s", "wasted_bytes", "wasted_flops", "wasted_j",
 )  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         "rounds": len(rows),
         "seed": config.seed,
         **runs.totals(rows, SUMS),
+        **to_accuracy(rows, config.eval.target),
         **{name: _column_mean(rows, name) for name in ("workload_variance", "gradient_cosine")},
         "client_peak_bytes": peaks["client"],
         "server_peak_bytes": peaks["server"],
@@ -58,6 +62,16 @@ def summarise(config: Config, built: World, folder: RunFolder) -> dict[str, Any]
         "device": str(built.device),
         "provenance": runs.provenance(config),
     }
+
+
+def to_accuracy(rows: Sequence[Mapping[str, str]], target: float) -> dict[str, float | None]:
+    """Virtual seconds, joules and bytes until a round's test accuracy first met `target`; None where it never did."""
+    columns = {"seconds": ("virtual_s",), "joules": ("energy_j",), "bytes": ("bytes_up", "bytes_down")}
+    met = next((n for n, row in enumerate(rows, 1) if row["accuracy"] and float(row["accuracy"]) >= target), 0)
+    if not (target and met):
+        return {f"{name}_to_accuracy": None for name in columns}
+    sums = {name: runs.totals(rows[:met], names) for name, names in columns.items()}
+    return {f"{name}_to_accuracy": sum(sums[name].values()) for name in columns}
 
 
 def _column_mean(rows: Sequence[Mapping[str, str]], name: str) -> float | None:
@@ -121,8 +135,13 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
             for kind in ("activations", "gradients", "parameters")
         },
         "bytes_raw": sum(raw_by_stream(outcome).values()),
-        "client_flops": sum(report.client_flops for report in reports),
-        "server_flops": sum(report.server_flops for report in reports),
+        "client_flops": sum(report.client_flops for report in outcome.reports),
+        "server_flops": sum(report.server_flops for report in outcome.reports),
+        "late": sum(not lost.reason for lost in outcome.lost),
+        "wasted_bytes": sum(sum(lost.report.bytes.values()) for lost in outcome.lost),
+        "wasted_flops": sum(lost.report.client_flops + lost.report.server_flops for lost in outcome.lost),
+        "wasted_j": sum((lost.cost.joules for lost in outcome.lost), 0.0),
+        "waited_s": outcome.waited_s,
         "probe_steps": sum(report.probe_steps for report in reports),
         "workload_variance": _mean([(report.workload_variance, 1) for report in reports]),
         "gradient_cosine": _mean([(report.gradient_cosine, 1) for report in reports]),
@@ -136,13 +155,16 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
 
 
 def client_rows(number: int, outcome: Outcome, failures: Sequence[Failure]) -> list[dict[str, Any]]:
-    """Rows of clients.csv: who took part, then who failed and why."""
+    """Rows of clients.csv: who took part, then who was lost on the way, then who failed otherwise and why."""
     rows = [
-        _client_row(number, update, cost.seconds, cost.joules)
+        _client_row(number, update, cost, outcome.profiles)
         for update, cost in zip(outcome.updates, outcome.costs, strict=True)
     ]
     empty = dict.fromkeys(rows[0], "") if rows else {}
-    return rows + [{**empty, "round": number, "client": f.client, "failure": f.reason} for f in failures]
+    rows += [{**empty, **_lost_row(number, lost, outcome.profiles)} for lost in outcome.lost]
+    told = {(lost.client, lost.reason) for lost in outcome.lost}
+    others = [failure for failure in failures if (failure.client, failure.reason) not in told]
+    return rows + [{**empty, "round": number, "client": f.client, "failure": f.reason} for f in others]
 
 
 def class_rows(number: int, quality: Quality, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -185,15 +207,15 @@ def choice_rows(config: Config, number: int, control: Mapping[str, Mapping[str, 
 
 def by_stream(outcome: Outcome) -> dict[str, int]:
     """Bytes of a round by stream: columns of ledger.csv."""
-    return {
-        name.replace("-", "_"): sum(update.report.bytes.get(name, 0) for update in outcome.updates) for name in STREAMS
-    }
+    return {name.replace("-", "_"): sum(report.bytes.get(name, 0) for report in outcome.reports) for name in STREAMS}
 
 
 def raw_by_stream(outcome: Outcome) -> dict[str, int]:
     """What the bytes of a round would be without codecs, by stream: the other columns of ledger.csv."""
-    reports = [update.report for update in outcome.updates]
-    return {f"raw_{name.replace('-', '_')}": sum(r.raw_bytes.get(name, 0) for r in reports) for name in STREAMS}
+    return {
+        f"raw_{name.replace('-', '_')}": sum(report.raw_bytes.get(name, 0) for report in outcome.reports)
+        for name in STREAMS
+    }
 
 
 def _mean(figures: Sequence[tuple[float | None, int]]) -> float | str:
@@ -202,16 +224,38 @@ def _mean(figures: Sequence[tuple[float | None, int]]) -> float | str:
     return sum(figure * weight for figure, weight in there) / sum(weight for _, weight in there) if there else ""
 
 
-def _client_row(number: int, update: Update, seconds: float, joules: float) -> dict[str, Any]:
+def _lost_row(number: int, lost: Lost, profiles: Mapping[int, str]) -> dict[str, Any]:
+    """What a client had sent, computed and cost that dropped out, or of which `late` says how far it came in time."""
+    return {
+        "round": number,
+        "client": lost.client,
+        **_spent(lost.report, lost.cost, profiles[lost.client]),
+        "failure": lost.reason,
+        "late": "" if lost.reason else lost.fraction,
+    }
+
+
+def _spent(report: Report, cost: Cost, profile: str) -> dict[str, Any]:
+    return {
+        **{f"bytes_{name.replace('-', '_')}": report.bytes.get(name, 0) for name in STREAMS},
+        "messages": report.messages,
+        "client_flops": report.client_flops,
+        "server_flops": report.server_flops,
+        "profile": profile,
+        **{name: getattr(cost, name) for name in PHASES},
+        "virtual_s": cost.seconds,
+        "energy_j": cost.joules,
+    }
+
+
+def _client_row(number: int, update: Update, cost: Cost, profiles: Mapping[int, str]) -> dict[str, Any]:
     report = update.report
-    streams = {f"bytes_{name.replace('-', '_')}": report.bytes.get(name, 0) for name in STREAMS}
     return {
         "round": number,
         "client": update.client,
         "samples": update.samples,
         "kept_samples": report.kept_samples,
         "steps": report.steps,
-        "messages": report.messages,
         "train_loss": report.train_loss,
         "local_steps": report.local_steps,
         "local_loss": "" if report.local_loss is None else report.local_loss,
@@ -220,9 +264,7 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "computed_samples": report.computed_samples,
         "personal_accuracy": "" if report.personal_accuracy is None else report.personal_accuracy,
         "personal_samples": report.personal_samples,
-        **streams,
-        "client_flops": report.client_flops,
-        "server_flops": report.server_flops,
+        **_spent(report, cost, profiles[update.client]),
         "client_peak_bytes": report.client_peak_bytes,
         "server_peak_bytes": report.server_peak_bytes,
         "stored_bytes": report.stored_bytes,
@@ -231,8 +273,7 @@ def _client_row(number: int, update: Update, seconds: float, joules: float) -> d
         "gradient_cosine": "" if report.gradient_cosine is None else report.gradient_cosine,
         "recover_error": "" if report.recover_error is None else report.recover_error,
         "stale_error": "" if report.stale_error is None else report.stale_error,
-        "virtual_s": seconds,
-        "energy_j": joules,
         "wall_s": round(report.wall_s, 4),
         "failure": "",
+        "late": "",
     }

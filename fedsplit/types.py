@@ -232,7 +232,8 @@ class Report:
     `local_loss` is the mean of the last epoch of the local phase, `local_accuracy` that of front joined
     to tail after it, on the client's own samples; None where there was no such phase or no scoring.
     `computed_samples` passed through the frozen front, which the others left out; `stored_bytes` is what
-    the device then keeps of its outputs, in memory (counted in its peak) and on disk.
+    the device then keeps of its outputs, in memory (counted in its peak) and on disk. Of `client_flops`,
+    `client_infer_flops` only go forward; `local_flops`, and of these `local_infer_flops`, come before the split steps.
 
     Of plans: `probe_steps` ran in full to be scored; `units` counts by `block.unit.op` how often units ran
     forward only or in full; `workload_variance` is that of the server workers' loads, as fractions of a full
@@ -263,6 +264,9 @@ class Report:
     stale_error: float | None = None
     messages: int = 0
     client_flops: int = 0
+    client_infer_flops: int = 0
+    local_flops: int = 0
+    local_infer_flops: int = 0
     server_flops: int = 0
     client_peak_bytes: int = 0
     server_peak_bytes: int = 0

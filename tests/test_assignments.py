@@ -18,6 +18,7 @@ from fedsplit.config import Config, resolve
 from fedsplit.control import CONTROLLERS, steer
 from fedsplit.control.bandwidth import Bandwidth
 from fedsplit.control.batch_size import BatchSize
+from fedsplit.control.by_kind import ByKind
 from fedsplit.control.facts import Facts, Load
 from fedsplit.control.importance import Importance, divergence, ranked
 from fedsplit.control.loads import load_of
@@ -63,6 +64,7 @@ class Rates:
     down: float = 0.0
     up: float = 0.0
     latency_s: float = 0.0
+    name: str = "toy"
 
     def train_s(self, flops: float) -> float:
         return flops * self.flop
@@ -214,7 +216,7 @@ def test_a_controller_chooses_its_keys_for_the_clients_of_the_round(name: str) -
 
 @pytest.mark.parametrize("name", ASSIGN)
 def test_what_was_chosen_is_drawn(name: str, tmp_path: Path) -> None:
-    piece = CONTROLLERS[name]()
+    piece: Any = CONTROLLERS[name]()
     rows = [{column: 1 + number for column in piece.columns} for number in range(3)]
     assert piece.draw(rows, tmp_path / "picture.png").stat().st_size > 1000
 

@@ -1,4 +1,4 @@
-"""FLOPs against formulas, memory against what must be kept, and the virtual clock."""
+"""FLOPs against formulas, memory against what must be kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fedsplit.config import resolve
-from fedsplit.devices.clock import Cost, cost, round_cost
 from fedsplit.experiment import start
 from fedsplit.front import models
 from fedsplit.front.trainable import resolve as train_set
@@ -16,8 +15,8 @@ from fedsplit.metrics.flops import step_flops
 from fedsplit.metrics.memory import Meter, weight_bytes
 from fedsplit.round import run_round
 from fedsplit.runtime.inprocess import Loop
-from fedsplit.settings import Devices, Model
-from fedsplit.types import Cut, Report
+from fedsplit.settings import Model
+from fedsplit.types import Cut
 from fedsplit.world import world
 
 
@@ -112,30 +111,3 @@ def test_deeper_bodies_keep_more() -> None:
         report = run_round(built, start(built), 0, Loop(config), lambda _: None).updates[0].report
         peaks.append((report.client_peak_bytes, report.server_peak_bytes))
     assert peaks[0][0] < peaks[1][0] and peaks[0][1] > peaks[1][1]
-
-
-def test_the_clock_adds_phases_and_takes_the_slowest_client() -> None:
-    report = Report(
-        steps=2,
-        messages=10,
-        client_flops=600,
-        server_flops=1000,
-        bytes={"activations-up": 100, "activations-down": 50, "parameters-up": 20, "parameters-down": 50},
-    )
-    assert cost(report, Devices()) == Cost(0.0, 0.0)
-    profile = Devices(
-        flops_per_s=100.0,
-        server_flops_per_s=500.0,
-        up_bytes_per_s=10.0,
-        down_bytes_per_s=20.0,
-        latency_s=0.5,
-        active_w=3.0,
-    )
-    one = cost(report, profile)
-    active = 600 / 100 + 120 / 10 + 100 / 20
-    assert one.seconds == pytest.approx(active + 1000 / 500 + 10 * 0.5)
-    assert one.joules == pytest.approx(3.0 * active)
-    other = Cost(1.0, 1.0)
-    assert round_cost([one, other], parallel=True) == Cost(one.seconds, one.joules + 1.0)
-    assert round_cost([one, other], parallel=False) == Cost(one.seconds + 1.0, one.joules + 1.0)
-    assert round_cost([], parallel=True) == Cost(0.0, 0.0)

@@ -45,6 +45,7 @@ class Tally:
         client, server = self._spared
         return {
             "client_flops": report.client_flops - client,
+            "client_infer_flops": min(report.client_infer_flops, report.client_flops - client),
             "server_flops": report.server_flops - server,
             "probe_steps": self.probes,
             "units": dict(sorted(self._units.items())),

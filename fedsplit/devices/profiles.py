@@ -56,6 +56,13 @@ class Profile:
         """Seconds of `flops` in passes that only go forward."""
         return _ratio(flops, getattr(self, f"infer_{self.precision}_flops_per_s"))
 
+    def compute_s(self, flops: float, infer_flops: float) -> float:
+        """Seconds of `flops`, of which `infer_flops` only go forward."""
+        rates = (getattr(self, f"{kind}_{self.precision}_flops_per_s") for kind in ("train", "infer"))
+        if len(set(rates)) == 1:
+            return self.train_s(flops)
+        return self.train_s(flops - infer_flops) + self.infer_s(infer_flops)
+
     def download_s(self, count_bytes: float) -> float:
         """Seconds to receive so many bytes; every message adds `latency_s`."""
         return _ratio(count_bytes, self.down_bytes_per_s)

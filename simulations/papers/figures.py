@@ -220,7 +220,8 @@ def of_tables(folder: RunFolder, config: Config) -> dict[str, Any]:
     `traffic` is what the body's subnets would send if each had a machine of its own (2 for a unit in full, 1 for one
     that runs forward only), over that of all in full.
     """
-    rounds, clients = folder.rows("rounds"), [row for row in folder.rows("clients") if not row["failure"]]
+    rounds = folder.rows("rounds")
+    clients = [row for row in folder.rows("clients") if not (row["failure"] or row["late"])]
     if not rounds:
         return {}
     worked: dict[str, float] = {}
