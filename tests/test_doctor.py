@@ -122,12 +122,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("free", "level"), [(3.9, "warning"), (4.1, "ok")])
 def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, free: float, level: str) -> None:
-    monkeypatch.setattr(machine, "_memory_bytes", lambda: (8 * machine.GIB, int(free * machine.GIB)))
+    monkeypatch.setattr(machine, "memory_bytes", lambda: (8 * machine.GIB, int(free * machine.GIB)))
     assert [check.level for check in machine.memory()] == [level]
 
 
 def test_free_memory_is_within_the_total() -> None:
-    total, free = machine._memory_bytes()
+    total, free = machine.memory_bytes()
     assert 0 < free <= total
 
 

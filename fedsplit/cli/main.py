@@ -97,6 +97,10 @@ def build() -> argparse.ArgumentParser:
 
     doctor = _add(commands, "doctor", _doctor, "check this installation and say how to mend it")
     doctor.add_argument("--json", action="store_true", help="one JSON document")
+    what = "measure this machine's rates for the client's part of a config, and write a profile for devices.fleet"
+    doctor.add_argument("--calibrate", action="store_true", help=what)
+    _config_options(doctor)
+    doctor.add_argument("--out", metavar="F.toml", help="file of the profile (with --calibrate)")
 
     pretrain = _add(commands, "pretrain", _pretrain, "train a small backbone from scratch on a folder of images")
     pretrain.add_argument("--config", action="append", default=[], metavar="F.toml", help="TOML file of pretrain keys")
@@ -228,6 +232,12 @@ def _keys(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from fedsplit import doctor
 
+    if options.calibrate:
+        from fedsplit.cli.calibrate import carry_out
+
+        return carry_out(options)
+    if options.config or options.set or options.out:
+        raise FedsplitError("doctor takes --config, --set and --out only with --calibrate.")
     found = doctor.checks()
     print(doctor.as_json(found) if options.json else doctor.report(found))
     return 1 if any(check.level == "error" for check in found) else 0

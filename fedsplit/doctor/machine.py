@@ -32,7 +32,7 @@ def processor() -> Iterator[Check]:
 
 def memory() -> Iterator[Check]:
     """Free memory, against what a simulation on Ray takes."""
-    total, free = _memory_bytes()
+    total, free = memory_bytes()
     found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
     if free < 4 * GIB:
         yield Check("memory", "warning", found, "Use one worker, smaller batches or a smaller model.")
@@ -133,7 +133,7 @@ def _small_step() -> Tensor:
     return torch.autograd.grad(loss, weight)[0]
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Total and free bytes; of the container, where it has a limit of its own."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
