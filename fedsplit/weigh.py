@@ -170,6 +170,6 @@ def settled(config: Config, chosen: Chosen) -> Config:
     differ = {kind: {key: its[key] for key in its if key not in alike} for kind, its in own.items()}
     values |= alike
     if any(differ.values()):
-        values["control.by-kind.values"] = "; ".join(f"{kind}: {written(its)}" for kind, its in differ.items())
+        values["control.by-kind.give"] = "; ".join(f"{kind}: {written(its)}" for kind, its in differ.items())
         values["control.tune"] = ",".join(dict.fromkeys((*now.names("control.tune"), "by-kind")))
     return resolve(values)

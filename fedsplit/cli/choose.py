@@ -51,17 +51,17 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     tried = list(next(iter(found["kinds"].values())))
     table = Table(title="A client and round on each kind of device; * is chosen", title_justify="left")
-    for title in ("", "device", *(key.rpartition(".")[2] if len(key) > 20 else key for key in tried)):
-        table.add_column(title)
-    for title in ("seconds", "MB", "J", "memory MB", "storage MB"):
-        table.add_column(title, justify="right")
-    table.add_column("over the limit of")
+    table.add_column("device", no_wrap=True)
+    table.add_column("values")
+    for title in ("s", "MB", "J", "memory MB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("too much of")
     for row in found["weighed"]:
-        table.add_row(
-            "*" if row["chosen"] else "", row["kind"], *(str(row[key]) for key in tried),
-            f"{row['seconds']:,.4g}", f"{row['bytes'] / 1e6:,.4g}", f"{row['joules']:,.4g}",
-            f"{row['memory_bytes'] / 1e6:,.4g}", f"{row['storage_bytes'] / 1e6:,.4g}", ", ".join(row["breaks"]),
-        )  # fmt: skip
+        values = ", ".join(f"{key.rpartition('.')[2]} {row[key]}" for key in tried if row[key] != "")
+        figures = (row["seconds"], row["bytes"] / 1e6, row["joules"], row["memory_bytes"] / 1e6)
+        broken = ", ".join(name.removesuffix("_bytes") for name in row["breaks"])
+        mark = "*" if row["chosen"] else " "
+        table.add_row(f"{mark} {row['kind']}", values, *(f"{figure:,.3g}" for figure in figures), broken)
     console.print(table)
     for key, value in found["chosen"].items():
         console.print(f"{key} = {value!r}", highlight=False, soft_wrap=True)

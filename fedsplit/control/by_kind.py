@@ -23,11 +23,13 @@ class ByKind:
 
     Paper: none.
     Place: control.tune.
-    Off: values = "".
+    Off: give = "".
     Deviates: nothing to deviate from.
     """
 
-    values: str = knob("", "e.g. 'pi4: local.batch-size=8, wire.topk.keep=0.2; orin-nano: local.batch-size=32'")
+    give: str = knob(
+        "", "values by kind, e.g. 'pi4: local.batch-size=8, wire.topk.keep=0.2; orin-nano: local.batch-size=32'"
+    )
 
     columns: ClassVar[tuple[str, ...]] = ("round", "client", "kind", "values")
     placed: ClassVar[bool] = True
@@ -43,10 +45,10 @@ class ByKind:
             FedsplitError: an entry that is not 'kind: key=value, ...', or that comes twice.
         """
         found: dict[str, Values] = {}
-        for entry in filter(None, (part.strip() for part in self.values.split(";"))):
+        for entry in filter(None, (part.strip() for part in self.give.split(";"))):
             kind, colon, pairs = entry.partition(":")
             if not colon or kind.strip() in found:
-                raise FedsplitError(f"values: '{entry}' is not 'kind: key=value, ...', once for every kind.")
+                raise FedsplitError(f"give: '{entry}' is not 'kind: key=value, ...', once for every kind.")
             found[kind.strip()] = dict(_pair(pair) for pair in filter(None, map(str.strip, pairs.split(","))))
         return found
 
@@ -69,7 +71,7 @@ class ByKind:
         known = sorted(set(fleet))
         for kind in self.kinds:
             if kind not in known:
-                raise FedsplitError(f"control.by-kind.values names '{kind}'; the fleet has {', '.join(known)}.")
+                raise FedsplitError(f"control.by-kind.give names '{kind}'; the fleet has {', '.join(known)}.")
 
     def assign(self, facts: Facts, memory: Mapping[str, Any], key: int) -> tuple[dict[int, Values], dict[str, Any]]:
         """The values for every client of the round, and new memory."""
@@ -110,7 +112,7 @@ def written(values: Mapping[str, Scalar]) -> str:
 def _pair(text: str) -> tuple[str, Scalar]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip() or not value.strip():
-        raise FedsplitError(f"values: '{text}' is not key=value, e.g. local.batch-size=8.")
+        raise FedsplitError(f"give: '{text}' is not key=value, e.g. local.batch-size=8.")
     for kind in (int, float):
         try:
             return key.strip(), kind(value)

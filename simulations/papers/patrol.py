@@ -14,12 +14,14 @@ DEEP: Pairs = ("cut.front=4", "harden.keep-heads=0.5", "harden.keep-mlp=0.5", "h
 # The front is hardened once, and then frozen: penalties act on the hardening alone.
 FROZEN: Pairs = ("train=body,tail", "front.penalties=")
 OURS = "what we want to see: the card gives the paper's qualitative claim alone"
+MERGED: Pairs = ("front.merge.window=4",)
 OTHERS = {
-    "noise": ("Gaussian noise", "noise", ()),
-    "feature-dropout": ("feature dropout", "feature-dropout", ()),
+    "noise": ("Gaussian noise of the activations' spread", "noise", ("front.noise.scale=1",)),
+    "feature-dropout": ("feature dropout of half", "feature-dropout", ("front.feature-dropout.keep=0.5",)),
     "shuffle": ("patch shuffling", "shuffle", ()),
     "quantize": ("2 bits", "quantize", ("front.quantize.bits=2",)),
     "bottleneck": ("16 channels", "bottleneck", ("front.bottleneck.rank=16",)),
+    "merge": ("merging of 4 x 4 tokens", "merge", MERGED),
 }
 
 
@@ -32,11 +34,13 @@ def _arm(name: str, title: str, shape: Pairs, penalties: str = "", edits: str = 
 ARMS = (
     _arm("none", "no defence, 2 blocks", SHALLOW),
     _arm("full", "PATROL: 4 blocks pruned by half", DEEP, "lipschitz,adversary"),
+    _arm("full-merge", "PATROL, and merging of 4 x 4 tokens", DEEP, "lipschitz,adversary", "merge", MERGED),
     _arm("pruned", "pruned, no Lipschitz, no adversary", DEEP),
     _arm("pruned-adversary", "PATROL without Lipschitz", DEEP, "adversary"),
     _arm("lipschitz", "Lipschitz, not pruned, 2 blocks", SHALLOW, "lipschitz"),
     _arm("adversary", "adversary only, 2 blocks", SHALLOW, "adversary"),
-    _arm("nopeek", "NoPeek, 2 blocks", SHALLOW, "nopeek", "", ()),
+    _arm("linear-adversary", "linear adversary only, 2 blocks", SHALLOW, "linear-adversary"),
+    _arm("nopeek", "NoPeek, 2 blocks", SHALLOW, "nopeek"),
     *(_arm(name, f"{title}, 2 blocks", SHALLOW, "", edit, pairs) for name, (title, edit, pairs) in OTHERS.items()),
     _arm("deep", "no defence, 4 whole blocks (twice the FLOPs)", ("cut.front=4", *SHALLOW[1:])),
 )
@@ -49,7 +53,10 @@ BOARD = Scoreboard(
     ablations=(),
     claims=(
         *(
-            Claim(f"PATROL: {text}", OURS, figure, "patrol-full", "patrol-none", **bound)
+            Claim(f"{title}: {text}", OURS, figure, arm, "patrol-none", **bound)
+            for arm, title in (
+                ("patrol-full", "PATROL"), ("patrol-merge", "merging"), ("patrol-full-merge", "PATROL and merging")
+            )
             for text, figure, bound in (
                 ("the strongest fresh attack below SSIM 0.3", "ssim", {"high": 0.3}),
                 ("at most 1 point of accuracy lost", "accuracy_points", {"low": -1.0}),
@@ -59,7 +66,7 @@ BOARD = Scoreboard(
         *(
             Claim(f"PATROL: ahead of {arm.title}", OURS, "ssim_gap", "patrol-full", arm.name, high=0.0)
             for arm in ARMS
-            if arm.name not in ("patrol-full", "patrol-none", "patrol-deep")
+            if arm.name not in ("patrol-full", "patrol-full-merge", "patrol-none", "patrol-deep")
         ),
     ),
     reference="patrol-none",
@@ -76,7 +83,8 @@ BOARD = Scoreboard(
         "Hardening draws its images from the whole training set, the devices hold its first ones: few are in both.",
         "Attacks: suite 'quick' of fedsplit audit, attackers that know weights and defence, images of the test set.",
     ),
-    hardening=("harden.images=2000", "harden.epochs=6", "harden.finetune-epochs=4"),
+    hardening=("harden.images=2000", "harden.epochs=6", "harden.finetune-epochs=4", "front.nopeek.weight=1",
+               "front.linear-adversary.weight=0.3", "front.linear-adversary.threshold=0.3"),
     quick_hardening=("harden.images=150", "harden.epochs=2", "harden.finetune-epochs=3", "data.limit=200",
                      "data.test-limit=100"),
     audit=("audit.victims=32",),
