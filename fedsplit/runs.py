@@ -2,7 +2,8 @@
 
 config.toml        every key, resolved; versions, commit, seed and threads in its head
 rounds.csv         a row a round          clients.csv   a row a client and round
-ledger.csv         bytes by stream        classes.csv   accuracy by class
+ledger.csv         bytes by stream, and what they would be without codecs
+classes.csv        accuracy by class
 units.csv          how often units of the model ran, where body.plans leaves some out
 choices.csv        what each controller chose a round, and what it brought
 personal.csv       a row a device: its own model at the end (with eval.per-client)

@@ -112,7 +112,7 @@ def test_files(done: Path) -> None:
 
 def test_columns(done: Path) -> None:
     streams = [name.replace("-", "_") for name in STREAMS]
-    assert list(table(done, "ledger")[0]) == ["round", *streams]
+    assert list(table(done, "ledger")[0]) == ["round", *streams, *(f"raw_{name}" for name in streams)]
     rounds = set(table(done, "rounds")[0])
     assert rounds >= {"round", "accuracy", "loss", "personal_accuracy", "train_loss", "clients", "learning_rate", *SUMS}
     clients = set(table(done, "clients")[0])
@@ -125,6 +125,7 @@ def test_columns(done: Path) -> None:
     assert len(table(done, "classes")) == 2 * CLASSES
     for row in table(done, "rounds"):
         empty = {"personal_accuracy", "local_loss", "local_accuracy", "workload_variance", "gradient_cosine"}
+        empty |= {"recover_error", "stale_error"}
         assert all(value != "" for name, value in row.items() if name not in empty)
 
 
@@ -162,6 +163,7 @@ def test_summary(done: Path) -> None:
         assert figures[f"bytes_{kind}"] == total
     both = figures["bytes_up"] + figures["bytes_down"]
     assert figures["bytes_activations"] + figures["bytes_gradients"] + figures["bytes_parameters"] == both
+    assert figures["bytes_raw"] == both, "there is no codec"
     assert figures["kept_samples"] == 2 * sum(SIZES)
     assert figures["failures"] == 0
 
@@ -229,6 +231,11 @@ def batch_sizes() -> dict[int, list[int]]:
     return {client: each[:STEPS] for client, each in sizes.items()}
 
 
+def with_raw(expected: dict[str, int]) -> dict[str, int]:
+    """A row of the ledger of a run without codecs."""
+    return expected | {f"raw_{name}": count for name, count in expected.items()}
+
+
 def test_ledger_of_the_u_shape_by_hand(done: Path) -> None:
     assert batch_sizes() == {0: [8, 2], 1: [8, 8, 8], 2: [8, 8, 4]}
     cut = sum(frame_bytes({"x": (b, TOKENS, WIDTH)}) for each in batch_sizes().values() for b in each)
@@ -236,7 +243,7 @@ def test_ledger_of_the_u_shape_by_hand(done: Path) -> None:
     expected = {"activations_up": cut, "activations_down": cut, "gradients_up": cut, "gradients_down": cut}
     expected |= {"parameters_up": parameters, "parameters_down": parameters}
     for row in table(done, "ledger"):
-        assert {name: int(value) for name, value in row.items() if name != "round"} == expected
+        assert {name: int(value) for name, value in row.items() if name != "round"} == with_raw(expected)
     count = sum(math.prod(shape) for shape in (front() | tail()).values())
     figures = summary(done)
     assert figures["client_trainable_params"] == count
@@ -256,7 +263,7 @@ def test_ledger_of_the_vanilla_shape_by_hand(tmp_path: Path) -> None:
         "parameters_down": parameters,
     }
     (row,) = table(folder, "ledger")
-    assert {name: int(value) for name, value in row.items() if name != "round"} == expected
+    assert {name: int(value) for name, value in row.items() if name != "round"} == with_raw(expected)
 
 
 def test_half_precision_halves_the_cut(done: Path, tmp_path: Path) -> None:
@@ -267,6 +274,9 @@ def test_half_precision_halves_the_cut(done: Path, tmp_path: Path) -> None:
     data = sum(2 * b * TOKENS * WIDTH for each in batch_sizes().values() for b in each)
     assert abs(less - data) <= 16 * frames, "only the headers' padding may differ"
     assert mine["gradients_up"] == other["gradients_up"]
+    assert {name: count for name, count in mine.items() if name.startswith("raw_")} == {
+        name: count for name, count in other.items() if name.startswith("raw_")
+    }
 
 
 def test_the_model_loads_back(done: Path, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def _check(stream: Stream, stages: Sequence[Stage]) -> None:
             )
         if number and not (kinds[:number] == [Delta] and kinds[number] is Feedback):
             raise FedsplitError(f"wire.{stream}: {name} must see the tensor; name it first (feedback after delta).")
+        if number and stream == "parameters-down":
+            raise FedsplitError(f"wire.{stream}: delta sends again what was lost, so leave {name} out.")
         if Recover in kinds[number:]:
             raise FedsplitError(
                 f"wire.{stream}: {name} must know what the client decodes, and what recover gives depends on the "

@@ -27,7 +27,7 @@ class Half:
         if not x.is_floating_point():
             return x, {}, memory
         limit = torch.finfo(torch.float16).max
-        return x.clamp(-limit, limit).to(torch.float16), {}, memory
+        return x.float().clamp(-limit, limit).to(torch.float16), {}, memory
 
     def decode(self, x: Tensor, side: Tensors, memory: Any, context: Context) -> tuple[Tensor, Any]:
         """`x` in float32."""

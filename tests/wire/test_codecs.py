@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +65,7 @@ def streams_of(name: str) -> tuple[Stream, ...]:
 
 
 @pytest.mark.parametrize("name, values", CASES, ids=str)
+@settings(max_examples=12)
 @given(shape=SHAPES)
 def test_shape_type_and_bytes(name: str, values: dict[str, Any], shape: list[int]) -> None:
     codec, tensors = CODECS[name](**values), {"x": torch.randn(shape), "labels": torch.arange(3)}
@@ -82,6 +83,7 @@ def test_shape_type_and_bytes(name: str, values: dict[str, Any], shape: list[int
 
 
 @pytest.mark.parametrize("name, values", EXACT, ids=str)
+@settings(max_examples=12)
 @given(shape=SHAPES)
 def test_nothing_is_lost_at_ratio_one(name: str, values: dict[str, Any], shape: list[int]) -> None:
     for stream in streams_of(name):

@@ -1,4 +1,4 @@
-"""What codecs remember: error feedback, shared references, Caesar's recovery; between messages and rounds."""
+"""What codecs remember, from message to message and from round to round."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_residual_is_what_the_receiver_has_not_got() -> None:
     assert residual.norm() > 1
 
 
-@pytest.mark.parametrize("behind", [(), ("topk",), ("feedback", "sign"), ("int8", "zstd")], ids=",".join)
+@pytest.mark.parametrize("behind", [(), ("topk",), ("sign",), ("int8", "zstd")], ids=",".join)
 def test_both_ends_keep_the_same_reference(behind: tuple[str, ...]) -> None:
     one, other = ends(DOWN, CODECS["delta"](), *(CODECS[name]() for name in behind))
     w = torch.randn(30, 30)
@@ -120,15 +120,10 @@ def test_the_rules_of_recovery_by_hand() -> None:
     }
     for rule, values in expected.items():
         one, other = ends(DOWN, CODECS["recover"](keep=0.2, rule=rule))
-        other.decode(DOWN, one.encode(DOWN, {"w": stale.expand(2, 5)[:1]}))
-        other.hold(DOWN, {"w": stale})
         one.memory[DOWN, "w", 0] = {"met": torch.empty(0)}
-        wide = {"w": torch.cat([w, w])}
-        assert other.decode(DOWN, one.encode(DOWN, {"w": w}))["w"].tolist() == [values] or w.squeeze().ndim < 2
-        other.hold(DOWN, {"m": torch.cat([stale, stale])})
-        one.memory[DOWN, "m", 0] = {"met": torch.empty(0)}
-        got = other.decode(DOWN, one.encode(DOWN, {"m": wide["w"]}))["m"]
-        assert got.tolist() == [values, values]
+        other.hold(DOWN, {"w": torch.cat([stale, stale])})
+        got = other.decode(DOWN, one.encode(DOWN, {"w": torch.cat([w, w])}))["w"]
+        assert got.tolist() == [values, values], rule
 
 
 @pytest.mark.parametrize("kind", ["trained", "received"])
@@ -155,7 +150,7 @@ def test_memory_is_written_down_and_read_again() -> None:
 STACK: dict[str, Scalar] = {
     "model.name": "fedsplit_nano", "model.pretrained": False, "cut.front": 1, "cut.tail": 1,
     "data.limit": 96, "data.test-limit": 20, "data.partition": "iid", "devices.count": 4, "devices.per-round": 3,
-    "rounds": 4, "local.batch-size": 8, "local.max-steps": 2, "share.quorum": 0.3, "engine.faults": "raise:0@1",
+    "rounds": 4, "local.batch-size": 8, "local.max-steps": 2, "share.quorum": 0.3, "engine.faults": "raise:2@1",
     "wire.activations-up": "token-topk,int8", "wire.int8.rounding": "stochastic", "wire.activations-down": "half",
     "wire.gradients-up": "qsgd", "wire.gradients-down": "topk,bfloat16",
     "wire.parameters-up": "delta,feedback,topk,int8", "wire.parameters-down": "recover", "wire.topk.keep": 0.3,
@@ -165,9 +160,7 @@ STACK: dict[str, Scalar] = {
 def digest(folder: Path) -> tuple[str, str, str]:
     summary = json.loads((folder / "summary.json").read_text())
     rows = (folder / "clients.csv").read_text().splitlines()
-    names = rows[0].split(",")
     errors = [[row[name] for name in ("client", "recover_error", "stale_error")] for row in csv.DictReader(rows)]
-    assert "recover_error" in names
     return summary["weights_sha256"], summary["ledger_sha256"], json.dumps(errors)
 
 
@@ -184,15 +177,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_client_that_failed_is_sent_the_exact_model_again(whole: Path) -> None:
+    rows = list(csv.DictReader((whole / "clients.csv").read_text().splitlines()))
+    assert [(row["round"], row["client"]) for row in rows if row["failure"]] == [("1", "2")]
     seen: set[str] = set()
-    met = 0
-    for row in csv.DictReader((whole / "clients.csv").read_text().splitlines()):
-        if row["failure"]:
-            continue
-        assert bool(row["recover_error"]) == bool(row["stale_error"]) == (row["client"] in seen), row
-        met += row["client"] in seen
-        seen.add(row["client"])
-    assert met >= 3 and json.loads((whole / "summary.json").read_text())["failures"] == 1
+    sizes: dict[bool, set[str]] = {False: set(), True: set()}
+    for row in rows:
+        if not row["failure"]:
+            met = row["client"] in seen
+            assert bool(row["recover_error"]) == bool(row["stale_error"]) == met, row
+            sizes[met].add(row["bytes_parameters_down"])
+            seen.add(row["client"])
+    assert len(seen) == 4 and len(sizes[True]) == len(sizes[False]) == 1
+    assert int(*sizes[True]) < 0.8 * int(*sizes[False])
 
 
 def test_bytes_with_codecs_and_without(whole: Path) -> None:
@@ -210,8 +206,8 @@ def test_a_run_with_the_whole_stack_is_the_same_resumed_and_in_a_pool(whole: Pat
     config = resolve({**STACK, "out": str(tmp_path / "run")})
     with pytest.raises(KeyboardInterrupt):
         experiment.run(config, Loop(config), progress=Stop())
-    resumed = resolve({"resume": str(tmp_path / "run")})
-    assert digest(experiment.run(resumed, Loop(resumed))) == digest(whole)
+    resumed = resolve({"resume": str(tmp_path / "run"), "rounds": 1})
+    assert digest(experiment.run(resumed, Loop(config))) == digest(whole)
     config = resolve({**STACK, "engine.workers": 2, "out": str(tmp_path / "pool")})
     runner = Pool(config)
     try:
