@@ -111,7 +111,7 @@ def u_shape_step(client: Client, body: Body, batch: Batch, noise: int, order: Or
         loss.backward()
     returned: Tensors = {}
     if z.grad is not None:
-        returned = _received(client, body.backward(client.link.encode("gradients-up", {"x": z.grad})))
+        returned = _received(client, body.backward(client.link.encode("gradients-up", {"x": z.grad})), h)
         if client.front_trains:
             _backward(h[:, client.open], returned, penalty)
     client.learn(order, returned)
@@ -124,7 +124,7 @@ def vanilla_step(client: Client, server: Body, batch: Batch, noise: int, order: 
     h, penalty = client.embed(batch, noise, order.plan)
     up = client.link.encode("activations-up", {"x": h, "labels": batch.y, **order.tensors()})
     frame, loss = server.learn(up, noise)
-    returned = _received(client, frame)
+    returned = _received(client, frame, h)
     if client.front_trains:
         _backward(h[:, client.open], returned, penalty)
     client.learn(order, returned)
@@ -153,8 +153,9 @@ def score(parts: Sequence[Part], order: Order, metrics: Sequence[str]) -> Tensor
     return totals
 
 
-def _received(client: Client, frame: bytes) -> Tensors:
-    return client.link.decode("gradients-down", frame) if frame else {}
+def _received(client: Client, frame: bytes, h: Tensor) -> Tensors:
+    shapes = {"x": h[:, client.open].shape}
+    return client.link.decode("gradients-down", frame, shapes) if frame else {}
 
 
 def _backward(h: Tensor, gradient: Tensors, penalty: Tensor) -> None:

@@ -13,7 +13,7 @@ from fedsplit.metrics.memory import Meter
 from fedsplit.optim import PartOptimizer
 from fedsplit.step import score
 from fedsplit.tail.losses import cross_entropy
-from fedsplit.types import ORDINARY, Order, Tensors
+from fedsplit.types import ORDINARY, FedsplitError, Order, Tensors
 from fedsplit.wire.link import Link
 
 
@@ -49,7 +49,7 @@ class LocalBody:
     def backward(self, gradients: bytes) -> bytes:
         """Gradient (B, N, C) at the output in, gradient at the cut out; the body learns on the way."""
         self.optimizer.zero_grad()
-        gradient = self.link.decode("gradients-up", gradients)["x"].to(self._v.device)
+        gradient = self.link.decode("gradients-up", gradients, {"x": self._v.shape})["x"].to(self._v.device)
         if self._v.requires_grad:
             torch.autograd.backward([self._v], [gradient])
         return self._finish()
@@ -72,6 +72,8 @@ class LocalBody:
         if self.tail is not None:
             device = next(self.tail.parameters()).device
         decoded = self.link.decode("activations-up", frame)
+        if "x" not in decoded or decoded["x"].ndim != 3:
+            raise FedsplitError("The activations that arrived are not tokens (B, N, C); the client is another version.")
         self._order = Order.read(decoded)
         received: Tensors = {name: decoded[name].to(device) for name in ("x", "labels") if name in decoded}
         received["x"].requires_grad_(self.client_trains)

@@ -88,8 +88,8 @@ class Link:
             if stages and _is_coded(stream, name) and x.dtype is not torch.int64:
                 x = self._decode(stream, name, x, side, shapes)
                 side = {}
-            if side or (name == CODED and stream not in PARAMETERS and not x.is_floating_point()):
-                raise FedsplitError(f"Received '{name}' ({stream}) in a form that nobody sends.")
+            if side or (stream not in PARAMETERS and name == CODED and _odd(x, (shapes or {}).get(name))):
+                raise FedsplitError(f"Received '{name}' ({stream}) as {_form(x)}, which is not what was asked for.")
             tensors[name] = x
         if sides:
             raise FedsplitError(f"Received parts of '{next(iter(sides))}' ({stream}) without the tensor itself.")
@@ -167,8 +167,8 @@ class Link:
                     raise FedsplitError(f"it has a part '{next(iter(parts))}' that nobody sends")
             if side:
                 raise FedsplitError("it has parts of a stage that was left out")
-            if not x.is_floating_point() or (shapes is not None and tuple(x.shape) != tuple(shapes[name])):
-                raise FedsplitError(f"it is {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")
+            if _odd(x, None if shapes is None else shapes[name]):
+                raise FedsplitError(f"it is {_form(x)}")
         except (FedsplitError, RuntimeError, ValueError, TypeError, IndexError, OverflowError) as error:
             raise FedsplitError(f"Received '{name}' ({stream}) that cannot be decoded: {error}.") from None
         return x
@@ -213,6 +213,14 @@ def _sorted(coded: Tensors, stages: Sequence[Any]) -> tuple[Tensors, dict[str, d
         else:
             raise FedsplitError(f"Received a tensor '{slot[:80]}' that nobody sends.")
     return plain, sides
+
+
+def _odd(x: Tensor, shape: Sequence[int] | None) -> bool:
+    return not x.is_floating_point() or (shape is not None and tuple(x.shape) != tuple(shape))
+
+
+def _form(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -140,6 +140,12 @@ def test_activations_of_whole_numbers_are_refused_with_and_without_codecs() -> N
                 Link(codecs).decode(UP, pack({"x": torch.zeros(3, dtype=dtype)}))
 
 
+def test_a_gradient_of_another_shape_is_refused_with_and_without_codecs() -> None:
+    for codecs in ({}, {UP: [CODECS["half"]()]}):
+        with pytest.raises(FedsplitError, match=r"Received 'x' .*float.* \(3, 2\)"):
+            Link(codecs).decode(UP, pack({"x": torch.zeros(3, 2)}), {"x": (2, 3)})
+
+
 def test_a_compressed_frame_says_its_length_and_is_not_believed_beyond_the_limit() -> None:
     import zstandard
 
