@@ -41,6 +41,19 @@ def test_baselines_agree_where_they_must() -> None:
 
 
 @pytest.mark.slow
+def test_scale_says_what_a_run_holds_in_memory_and_on_disk(tmp_path: Path) -> None:
+    size = ["--devices", "30", "--per-round", "3", "--rounds", "4"]
+    found = study("scale.py", *size, "--out", str(tmp_path / "run"))
+    assert (found["devices"], found["per_round"], found["rounds"]) == (30, 3, 4)
+    # Four rounds of a process with torch; whether memory stays flat takes a hundred.
+    assert found["peak_rss_bytes"] >= max(found["start_rss_bytes"], found["late_rss_bytes"]) > 10**8
+    assert found["rss_growth_bytes"] == found["late_rss_bytes"] - found["early_rss_bytes"]
+    assert found["start_s"] > 0 and found["round_s"] > 0
+    kept = sum(file.stat().st_size for file in (tmp_path / "run" / "clients").rglob("*.safetensors"))
+    assert 0 < kept == found["clients_bytes"] < found["disk_bytes"]
+
+
+@pytest.mark.slow
 def test_faults_are_held() -> None:
     rows = study("faults.py")["rows"]
     assert len(rows) >= 8 and all(row["held"] for row in rows)
