@@ -58,6 +58,7 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
     else:
         built = world(config)
         check(config, built)
+        fit.check(built)
         folder = RunFolder.create(config, root)
         state = folder.shelved(start(built))
         plot_partition(built.shards, built.data.train.labels, built.data.classes, folder.path / "partition.png")
@@ -105,8 +106,7 @@ def check(config: Config, built: World) -> None:
         FedsplitError: a personalised test without held-out samples, more devices a round than there
             are, a fault that can never happen, a client that cannot work alone as it is asked to, or that
             should keep parameters of its own where all take turns at one model, codecs that cannot be
-            had on their stream, a plan that cannot be had, or a controller without what it learns from; a
-            device that cannot hold its part.
+            had on their stream, a plan that cannot be had, or a controller without what it learns from.
     """
     devices = len(built.shards)
     if config.devices.per_round > devices:
@@ -130,7 +130,6 @@ def check(config: Config, built: World) -> None:
     steer.check(built)
     if config.eval.per_client and not config.data.local_test:
         raise FedsplitError("eval.per-client=true needs samples of its own: set data.local-test, e.g. 0.2.")
-    fit.check(built)
 
 
 @dataclass(frozen=True)

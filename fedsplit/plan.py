@@ -17,6 +17,7 @@ from fedsplit.book import Book
 from fedsplit.client import client_share
 from fedsplit.config import Config
 from fedsplit.control import steer
+from fedsplit.devices import fit
 from fedsplit.devices.cohort import gather, settle
 from fedsplit.experiment import check
 from fedsplit.front.vit import can_pool_early
@@ -91,8 +92,10 @@ class Account:
         }
 
 
-def account(config: Config) -> Account:
+def account(config: Config, *, fits: bool = True) -> Account:
     """The account of a run of `config` in which no client fails but those that drop out by the virtual clock.
+
+    A device that cannot hold its part is refused; not so where `fits` is false, as for what a cost is compared with.
 
     Raises:
         FedsplitError: whatever is wrong with the config, the data or the model.
@@ -104,6 +107,8 @@ def account(config: Config) -> Account:
     if world.cache is not None:
         cache = HollowCache(world.cache.front, world.cache.start, config, world.data.train, world.look)
         world = replace(world, cache=cache)
+    if fits:
+        fit.check(world)
     book = Book(world)
     total: Counter[str] = Counter()
     sent: Counter[str] = Counter()

@@ -71,12 +71,12 @@ def readings(own: Account, base: Account) -> list[Reading]:
         return made
     bare = own
     if own.keeps:
-        bare = account(config.replace(front__cache=False))
+        bare = account(config.replace(front__cache=False), fits=False)
         note = "front.cache=false: every pass computes the frozen front anew"
         made.append(_reading("nothing kept", note, bare.client_flops, bare.total_bytes, base))
     epochs = sum(phase.epochs for phase in config.pieces("local.phases"))
     if epochs:
-        longer = account(base.config.replace(local__epochs=base.config.local.epochs + epochs))
+        longer = account(base.config.replace(local__epochs=base.config.local.epochs + epochs), fits=False)
         note = f"nothing kept, against a baseline of {epochs} more passes over the data a round, as in the local phase"
         made.append(_reading("as many passes", note, bare.client_flops, bare.total_bytes, longer))
     if epochs or own.counts["scored_samples"]:
@@ -89,7 +89,7 @@ def readings(own: Account, base: Account) -> list[Reading]:
     made.append(_reading("four full tensors", note, own.client_flops, tensors, base))
     if cut.shape == "u-shape" and not cut.tail and own.pools:
         name, pool, note = POOLS["tail" if cut.pool == "tail" else "body"]
-        other = account(config.replace(cut__pool=pool))
+        other = account(config.replace(cut__pool=pool), fits=False)
         made.append(_reading(name, note, other.client_flops, other.total_bytes, base))
     return made
 

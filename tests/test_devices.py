@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fedsplit import experiment
+from fedsplit.cli.main import main
 from fedsplit.config import Config, load, resolve
-from fedsplit.devices import AVAILABILITY
+from fedsplit.devices import AVAILABILITY, calibrate
 from fedsplit.devices.availability import Diurnal, Random, Trace
 from fedsplit.devices.cohort import dropout, gather, settle
 from fedsplit.devices.profiles import FIGURES, catalogue, fleet_of, profile, shipped
@@ -165,6 +166,11 @@ def test_a_trace_wraps_and_serves_any_number_of_devices(tmp_path: Path) -> None:
         wrong.write_text(text)
         with pytest.raises(FedsplitError, match=message):
             Trace(str(wrong)).available(1, 0.0, 0)
+
+
+def test_certain_availability_is_always() -> None:
+    for piece in (Random(1.0), Diurnal(1.0, 1.0)):
+        assert all(piece.available(50, 1800.0 * slot, 0).all() for slot in range(100))
 
 
 def test_draws_meet_their_probability() -> None:
@@ -399,3 +405,42 @@ def test_clients_rows_are_whole(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and all(row["late"] == "" and float(row["idle_s"]) >= 0 for row in rows)
     assert min(float(row["idle_s"]) for row in rows) == 0
+
+
+@pytest.mark.parametrize("shape", ["u-shape", "vanilla", "none"])
+def test_calibration_divides_counted_work_by_measured_time(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[float] = []
+
+    def timed(work: Any, repeats: int, device: torch.device) -> float:
+        work()
+        steps.append(0.0)
+        return 8.0 if len(steps) % 2 else 2.0  # a step, then a forward pass
+
+    monkeypatch.setattr(calibrate, "_median_s", timed)
+    config = resolve({**TINY, "cut.shape": shape, "cut.front": 0 if shape == "none" else 1, "train": "all"})
+    found, flops = calibrate.measure(config), world(config).flops
+    share = flops.front + (0 if shape == "vanilla" else flops.tail)
+    assert found.train_flops_per_s == pytest.approx(5 * share / 8.0)
+    assert found.infer_flops_per_s == pytest.approx(5 * flops.score / 2.0)
+    frozen = config.replace(train="tail") if shape == "u-shape" else config
+    if frozen is not config:
+        flops, again = world(frozen).flops, calibrate.measure(frozen)
+        left = 8.0 - 5 * flops.front / again.infer_flops_per_s
+        assert again.train_flops_per_s == pytest.approx(5 * flops.tail / left)
+    one, text = calibrate.profile_of(config.replace(devices__up_bytes_per_s=7.0), found, "here")
+    file = tmp_path / "here.toml"
+    file.write_text(text, encoding="utf-8")
+    assert profile(str(file)) == one and one.up_bytes_per_s == 7.0 and one.memory_bytes > 2**28
+
+
+def test_doctor_writes_a_profile_that_a_fleet_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "here.toml"
+    pairs = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    assert main(["doctor", "--calibrate", "--out", str(file), "--json", *pairs]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["file"] == str(file) and said["train_flops_per_s"] > 0 and said["infer_flops_per_s"] > 0
+    assert fleet(fleet=str(file), count=2) == ["here", "here"]
+    for wrong in (["--calibrate"], ["--calibrate", "--out", "/nowhere/x.toml"], ["--out", str(file)]):
+        assert main(["doctor", *wrong]) == 2

@@ -23,7 +23,7 @@ def document(config: Config, against: str | None = None) -> dict[str, Any]:
         FedsplitError: whatever is wrong with either config.
     """
     own = account(config)
-    base = account(baseline(config, against) if against else full_fine_tuning(config))
+    base = account(baseline(config, against) if against else full_fine_tuning(config), fits=False)
     return {
         **own.figures(),
         "client_flops_ratio": ratio(own.client_flops, base.client_flops),

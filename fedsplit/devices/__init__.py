@@ -1,4 +1,10 @@
-"""The fleet: what devices there are and when, what a round costs them, and the virtual clock."""
+"""The fleet: what devices there are and when, what a round costs them, and the virtual clock.
+
+`availability` says when devices are there (`Availability`: `available(devices, time_s, key) -> mask` and
+`changes_s(time_s)`, the next time at which that may change), `profiles` what they are, `cohort` who takes part in a
+round and is lost on the way, `clock` how long it takes, `fit` whether their memory suffices, `calibrate` measures
+this machine.
+"""
 
 from __future__ import annotations
 

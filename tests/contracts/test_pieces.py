@@ -113,7 +113,10 @@ WIRE = {
     "wire.parameters-up": ("delta", "feedback", "topk"),
     "wire.parameters-down": ("recover",),
 }
-EVERYTHING = [(place.key, name) for place in PLACES for name in WIRE.get(place.key, place.pieces)]
+# Pieces that decide who takes part meet no other piece: tests/test_devices.py.
+EVERYTHING = [
+    (place.key, name) for place in PLACES for name in WIRE.get(place.key, place.pieces) if place.prefix != "devices"
+]
 # Pieces that are refused together, and why; of three or more, all pairs still run.
 APART: dict[frozenset[Piece], str] = {}
 SETS = covering(EVERYTHING, APART)

@@ -45,9 +45,12 @@ NEUTRAL: dict[str, dict[str, dict[str, Scalar] | None]] = {
         "bandit": {"control.bandit.rates": "0"},
         "bandwidth": {"control.bandwidth.low": 0.0, "control.bandwidth.high": 0.0},
         "batch-size": {"control.batch-size.low": 8, "control.batch-size.high": 8},
+        "by-kind": {"control.by-kind.give": ""},
         "importance": {"control.importance.low": 0.0, "control.importance.high": 0.0},
         "staleness": {"control.staleness.high": 0.0},
     },
+    # Who takes part is no part of what a client trains, which is compared here: tests/test_devices.py.
+    "devices.availability": dict.fromkeys(("always", "random", "diurnal", "trace")),
     "optimizer.schedule": {"constant": {}, "cosine": {"control.cosine.floor": 1.0}},
     **{
         place.key: {
