@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from fedsplit.types import Stream, Tensors
 from fedsplit.wire.chain import of_shapes_alone
 from fedsplit.world import World, codecs_for
 
+Groups = Sequence[tuple[Tensors, int]]
 # Samples of the frames by which the bytes of one are counted: a frame's head hardly weighs.
 MANY = 64
 
@@ -21,19 +24,20 @@ MANY = 64
 def load_of(world: World, choices: str, client: int, again: bool) -> Load:
     """The load of `client` under the controllers' `choices`; `again` says that it took part before.
 
-    Of codecs whose bytes depend on values the lengths of shapes alone count, as in `fedsplit plan`.
+    Of codecs whose bytes depend on values the lengths of shapes alone count, as in `fedsplit plan`; blocks that are
+    alike are coded once.
     """
     codecs = of_shapes_alone(codecs_for(world, choices))
-    parameters: Tensors = dict(world.client)
 
-    def coded(stream: Stream, tensors: Tensors) -> int:
+    def coded(stream: Stream, groups: Groups) -> int:
         name = (stream, again, tuple(codecs[stream]))
         known = world.memo.setdefault("coded", {})
         if name not in known:
-            known[name] = frame_bytes(codecs, stream, tensors, again) if tensors else 0
+            known[name] = sum(frame_bytes(codecs, stream, group, again) * times for group, times in groups)
         return int(known[name])
 
-    steps = {stream: coded(stream, {"x": x.expand(MANY, *x.shape[1:])}) / MANY for stream, x in _crossing(world)}
+    parameters = _alike(world)
+    steps = {stream: coded(stream, [({"x": x.expand(MANY, *x.shape[1:])}, 1)]) / MANY for stream, x in _crossing(world)}
     config, flops = world.config, world.flops
     each, at_server = client_share(world)
     rate = config.devices.server_flops_per_s
@@ -48,6 +52,17 @@ def load_of(world: World, choices: str, client: int, again: bool) -> Load:
         server_s=at_server / rate if rate else 0.0,
         messages=len(steps),
     )
+
+
+def _alike(world: World) -> Groups:
+    """The client's parameters: of those whose names differ by numbers and whose shapes are equal one, and how many."""
+    if "alike" not in world.memo:
+        found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for name, parameter in world.client.items():
+            found.setdefault((re.sub(r"\d+", "", name), tuple(parameter.shape)), []).append(name)
+        world.memo["alike"] = [({names[0]: world.client[names[0]]}, len(names)) for names in found.values()]
+    groups: Groups = world.memo["alike"]
+    return groups
 
 
 def _crossing(world: World) -> list[tuple[Stream, Tensor]]:
