@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedsplit.config import load, to_toml
+from fedsplit.plan import account
 from fedsplit.runs import RunFolder
 from fedsplit.types import FedsplitError
 
@@ -308,3 +309,43 @@ def test_a_run_in_a_process_of_its_own_is_the_same_and_may_be_killed(tmp_path: P
     assert "did you mean 'rounds'?" in ends["refused"]
     digests = [(work.finished(runs[name]) or {})["weights_sha256"] for name in names[:2]]
     assert digests[0] == digests[1]
+
+
+def test_bytes_to_a_goal_that_is_the_same_for_all_arms() -> None:
+    board = replace(BOARD, reference="fedavg", target=0.5)
+    curves = {
+        "fedavg": [(0.2, 100), (0.4, 100), (0.8, 100)],  # the goal is 0.4, met after 200 bytes
+        "thin": [(0.1, 30), (0.4, 30), (0.3, 30)],
+        "never": [(0.1, 10), (0.2, 10), (0.3, 10)],
+    }
+    summaries, asked = {}, []
+    for arm, curve in curves.items():
+        rows = [{"accuracy": accuracy, "bytes": float(sent)} for accuracy, sent in curve]
+        summaries[f"iid-{arm}-s0"] = {**summary(curve[-1][0], sent=sum(sent for _, sent in curve)), "curve": rows}
+        asked.append(scoreboard.Run(arm, "iid", 0, load()))
+    found = figures.Results.of(board, asked, summaries)
+
+    def fewer(arm: str, against: str) -> list[float]:
+        return found.beside("bytes_speedup", "iid", arm, against)
+
+    assert fewer("fedavg", "fedavg") == [1.0] and fewer("thin", "fedavg") == [200 / 60]
+    assert fewer("never", "fedavg") == [0.0]
+    assert fewer("thin", "never") == [0.5], "all 30 bytes of a run that never gets there"
+
+
+def test_what_sets_the_arms_of_caesar_apart_is_what_they_send(tmp_path: Path) -> None:
+    board = PAPERS["caesar"]
+    small = ("model.pretrained=false", "rounds=2", "data.limit=400", "devices.count=4", "devices.per-round=3")
+    asked = request(tmp_path, quick=False, seeds=1, model="fedsplit_nano", pairs=small)
+    configs = {arm.name: scoreboard.configure(board, asked, arm.name, "dirichlet-0.1", 0) for arm in board.arms}
+    configs |= {arm.name: scoreboard.configure(board, asked, arm.name, "dirichlet-0.1", 0) for arm in board.ablations}
+    planned = {name: account(configs[f"caesar{name}"]) for name in ("-fedavg", "", "-down", "-up")}
+    whole, own = planned["-fedavg"], planned[""]
+    assert not any(each.estimated for each in planned.values()) and all(each.virtual_s > 0 for each in planned.values())
+    assert own.total_bytes < 0.95 * whole.total_bytes and own.client_flops < whole.client_flops
+    for name, stream, other in (
+        ("-down", "parameters-down", "parameters-up"),
+        ("-up", "parameters-up", "parameters-down"),
+    ):
+        assert planned[name].bytes[stream] == own.bytes[stream] < whole.bytes[stream]
+        assert planned[name].bytes[other] == whole.bytes[other] and planned[name].client_flops == whole.client_flops

@@ -63,8 +63,8 @@ BOARD = Scoreboard(
             for name, title in (("clamp", "clamp"), ("delta", "changes"))
         ),
     ),
-    # Shards are dealt to 80 devices: at Dirichlet 0.1 a device may have few samples, none of some classes.
-    pairs=("data.min-samples=4", "data.allow-missing-classes=true"),
+    # Dealt to 80 devices at Dirichlet 0.1 some have very few samples; more at least could not be met.
+    pairs=("data.min-samples=2", "data.allow-missing-classes=true"),
     reference="caesar-fedavg",
     ablated=("caesar",),
     ablated_on=("dirichlet-0.1",),
@@ -82,8 +82,8 @@ BOARD = Scoreboard(
         "Virtual seconds are modelled: Jetson Nano, TX2 and AGX Orin by the profiles of configs/devices, with jitter.",
     ),
     sizes=Sizes(
-        images=("rounds=60", "data.limit=8000", "data.test-limit=1000"),
-        digits=("rounds=20",),
+        images=("rounds=60", "data.limit=20000", "data.test-limit=1000"),
+        digits=("devices.count=20", "devices.per-round=5", "rounds=20"),
         quick=("devices.count=8", "devices.per-round=4", "rounds=3", "data.limit=240", "data.test-limit=100",
                "local.max-steps=2"),
     ),
