@@ -114,9 +114,10 @@ def test_time_to_a_target_is_that_of_the_first_round_that_has_it() -> None:
 
 def test_what_the_tables_of_a_run_add(tmp_path: Path) -> None:
     tables = {
-        "rounds": "round,accuracy,virtual_s,server_flops,workload_variance,gradient_cosine,personal_accuracy\n"
-        "1,,2.0,100,0.25,,\n2,0.5,3.0,50,0.75,,0.6\n",
-        "clients": "round,failure,wall_s,server_peak_bytes\n1,,0.5,100\n1,lost,,\n1,,1.5,300\n2,,4.0,200\n",
+        "rounds": "round,accuracy,bytes_up,bytes_down,virtual_s,server_flops,workload_variance,gradient_cosine,"
+        "personal_accuracy\n1,,30,4,2.0,100,0.25,,\n2,0.5,20,3,3.0,50,0.75,,0.6\n",
+        "clients": "round,failure,late,wall_s,server_peak_bytes\n"
+        "1,,,0.5,100\n1,lost,,,\n1,,0.8,9.9,900\n1,,,1.5,300\n2,,,4.0,200\n",
         "units": "round,block,unit,full,forward,skip\n1,0,0,8,0,0\n1,1,0,2,4,2\n1,2,0,0,0,8\n1,3,0,8,0,0\n",
     }
     for name, text in tables.items():
@@ -124,8 +125,8 @@ def test_what_the_tables_of_a_run_add(tmp_path: Path) -> None:
     config = load([], ["cut.front=1", "cut.tail=1"])
     found = figures.of_tables(RunFolder(tmp_path), config)
     assert found["curve"] == [
-        {"accuracy": None, "virtual_s": 2.0, "clients_s": 2.0, "server_flops": 100.0},
-        {"accuracy": 0.5, "virtual_s": 3.0, "clients_s": 4.0, "server_flops": 50.0},
+        {"accuracy": None, "bytes": 34.0, "virtual_s": 2.0, "clients_s": 2.0, "server_flops": 100.0},
+        {"accuracy": 0.5, "bytes": 23.0, "virtual_s": 3.0, "clients_s": 4.0, "server_flops": 50.0},
     ]
     assert found["traffic"] == (2 * 2 + 4) / (2 * 16)  # of the body's blocks, 1 and 2
     assert (found["round_peak_bytes"], found["workload_variance"]) == (200.0, 0.5)
