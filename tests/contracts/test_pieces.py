@@ -15,7 +15,7 @@ import torch
 from covering import Piece, check_cover, covering, label, lists, together
 
 from fedsplit.config import Config, keys, load, resolve
-from fedsplit.control import SCHEDULES
+from fedsplit.control import CONTROLLERS, SCHEDULES
 from fedsplit.data import SELECTORS
 from fedsplit.experiment import start
 from fedsplit.front import EDITS, PENALTIES
@@ -148,8 +148,7 @@ COMMUTE |= {  # guards act in the order of the list, on whatever prompts there a
 COMMUTE |= {("front.penalties", *pair): True for pair in combinations(sorted(PENALTIES), 2)}  # a sum
 COMMUTE[("front.penalties", "linear-adversary", "nopeek")] = False  # of gradients, three in float32
 COMMUTE |= {  # each sets keys of its own; the two that share one are refused when a run starts
-    ("control.tune", *pair): True
-    for pair in combinations(("bandit", "bandwidth", "batch-size", "importance", "staleness"), 2)
+    ("control.tune", *pair): True for pair in combinations(sorted(CONTROLLERS), 2)
 }
 
 
