@@ -12,7 +12,7 @@ from fedsplit.types import Scalar
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES: dict[str, Scalar] = {
-    "rounds": 2,
+    "rounds": 3,  # whoever comes again has something to remember
     "data.limit": 150,
     "data.test-limit": 40,
     "data.alpha": 1.0,
@@ -26,6 +26,22 @@ VALUES: dict[str, Scalar] = {
 }
 
 
+# Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
+BODY: dict[str, Scalar] = {
+    "cut.front": 1,
+    "body.plans": "knapsack,layerdrop",
+    "body.knapsack.refresh": 2,
+    "share.partial": "ptls",
+    "share.ptls.by": "gradient",
+    "control.tune": "bandit",
+    "control.bandit.rates": "0.2,0.5",
+    "data.local-test": 0.2,
+    "eval.per-client": True,
+    "devices.flops-per-s": 1e9,
+    "devices.server-flops-per-s": 1e9,
+}
+
+
 def digest(folder: Path) -> tuple[str, str]:
     """The weights and the ledger of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
@@ -36,3 +52,12 @@ def in_process(config: Config, folder: Path) -> tuple[str, str]:
     """The digests of a run of `config`, one client after another in this process."""
     config = config.replace(out=str(folder))
     return digest(experiment.run(config, Loop(config)))
+
+
+def assert_alike(folders: list[Path]) -> None:
+    """Finished runs with the same weights, ledger and figures, and the same choices of their controllers, if any."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples", "virtual_s"):
+        assert len({summary[name] for summary in summaries}) == 1, name
+    choices = [file.read_text() if (file := folder / "choices.csv").exists() else "" for folder in folders]
+    assert len(set(choices)) == 1

@@ -5,15 +5,14 @@ A file of its own, beside test_same_weights.py, so that two workers share the ru
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from alike import ROOT, VALUES
+from alike import BODY, ROOT, VALUES, assert_alike, in_process
 
 from fedsplit import experiment
-from fedsplit.config import read_toml, resolve
-from fedsplit.runtime.inprocess import Loop, Pool
+from fedsplit.config import Config, read_toml, resolve
+from fedsplit.runtime.inprocess import Pool
 from fedsplit.runtime.superlink import flwr_run
 from fedsplit.types import Scalar
 
@@ -21,40 +20,36 @@ SFPROMPT: dict[str, Scalar] = {
     **read_toml(ROOT / "configs/papers/sfprompt.toml"),
     "local.self-update.epochs": 2,
     "data.el2n.once": True,
-}
-# Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
-BODY: dict[str, Scalar] = {
-    "cut.front": 1,
-    "body.plans": "knapsack,layerdrop",
-    "body.knapsack.refresh": 2,
-    "share.partial": "ptls",
-    "share.ptls.by": "gradient",
-    "control.tune": "bandit",
-    "control.bandit.rates": "0.2,0.5",
-    "data.local-test": 0.2,
-    "eval.per-client": True,
-    "devices.flops-per-s": 1e9,
-    "devices.server-flops-per-s": 1e9,
+    # As any run may have them; with the rest of VALUES.
+    "model.dropout": 0.1,
+    "wire.activations-up": "half",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [SFPROMPT, BODY], ids=["sfprompt", "body"])
-def test_what_clients_remember_travels_with_them(method: dict[str, Scalar], tmp_path: Path) -> None:
-    """Loop, pool and Flower give the same weights, ledger, FLOPs and choices."""
-    shared = {name: VALUES[name] for name in VALUES if name.startswith(("data.", "devices."))}
-    values = {**shared, **method, "rounds": 3}
+def test_what_clients_remember_travels_with_them(tmp_path: Path) -> None:
+    """Loop, pool and Flower give the same weights, ledger and FLOPs."""
+    values = {**VALUES, **SFPROMPT}
     folders = {name: tmp_path / name for name in ("loop", "pool", "flower")}
-    configs = {name: resolve({**values, "out": str(folder)}) for name, folder in folders.items()}
-    experiment.run(configs["loop"], Loop(configs["loop"]))
-    pool = Pool(configs["pool"].replace(engine__workers=2))
+    in_process(resolve(values), folders["loop"])
+    in_a_pool(resolve(values), folders["pool"])
+    flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
+    assert_alike(list(folders.values()))
+
+
+@pytest.mark.slow
+def test_a_pool_and_personal_layers(tmp_path: Path) -> None:
+    """What test_same_weights.py compares with `flwr run`, in a process pool."""
+    config = resolve({**VALUES, **BODY})
+    in_process(config, tmp_path / "loop")
+    in_a_pool(config, tmp_path / "pool")
+    assert_alike([tmp_path / "loop", tmp_path / "pool"])
+
+
+def in_a_pool(config: Config, folder: Path) -> None:
+    config = config.replace(out=str(folder), engine__workers=2)
+    pool = Pool(config)
     try:
-        experiment.run(configs["pool"], pool)
+        experiment.run(config, pool)
     finally:
         pool.close()
-    flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders.values()]
-    for name in ("weights_sha256", "ledger_sha256", "client_flops", "server_flops", "kept_samples", "virtual_s"):
-        assert len({summary[name] for summary in summaries}) == 1, name
-    choices = [(folder / "choices.csv").read_text() for folder in folders.values() if "control.tune" in method]
-    assert len(set(choices)) == len(choices[:1])

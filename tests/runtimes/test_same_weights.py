@@ -1,4 +1,7 @@
-"""Invariants 6 and 7: in process, in a process pool and under `flwr run` the weights and the ledger are the same."""
+"""Invariants 6 and 7: in process and under `flwr run` the weights and the ledger are the same.
+
+With test_same_memory.py, where a process pool takes part and clients remember.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alike import ROOT, VALUES, digest, in_process
+from alike import BODY, ROOT, VALUES, assert_alike, digest, in_process
 
 from fedsplit import experiment
 from fedsplit.config import resolve, to_toml
 from fedsplit.progress import Silent
 from fedsplit.runtime import superlink
-from fedsplit.runtime.inprocess import Loop, Pool
+from fedsplit.runtime.inprocess import Loop
 from fedsplit.runtime.processes import no_process_left
 from fedsplit.runtime.superlink import flwr_run
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return in_process(resolve(VALUES), tmp_path_factory.mktemp("reference") / "run")
-
-
-def test_another_seed_is_another_model(reference: tuple[str, str], tmp_path: Path) -> None:
-    assert in_process(resolve({**VALUES, "seed": 1}), tmp_path / "run")[0] != reference[0]
-
-
-@pytest.mark.slow
-def test_a_process_pool(reference: tuple[str, str], tmp_path: Path) -> None:
-    config = resolve({**VALUES, "engine.workers": 2, "out": str(tmp_path / "run")})
-    runner = Pool(config)
-    try:
-        assert digest(experiment.run(config, runner)) == reference
-    finally:
-        runner.close()
+def test_another_seed_is_another_model(tmp_path: Path) -> None:
+    one, other = (in_process(resolve({**VALUES, "seed": seed}), tmp_path / str(seed)) for seed in (0, 1))
+    assert one[0] != other[0]
 
 
 class Stop(Silent):
@@ -60,9 +49,11 @@ def test_a_flower_run_that_goes_on_with_one_begun_in_process(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_plain_flwr_run_with_a_toml_file(reference: tuple[str, str], tmp_path: Path) -> None:
-    """The command of the README, word by word, on ports and a Flower home of its own."""
-    (tmp_path / "study.toml").write_text(to_toml({**VALUES, "out": str(tmp_path / "run")}))
+def test_plain_flwr_run_with_a_toml_file(tmp_path: Path) -> None:
+    """The command of the README, word by word, on ports and a Flower home of its own; clients remember and plan."""
+    values = {**VALUES, **BODY}
+    in_process(resolve(values), tmp_path / "here")
+    (tmp_path / "study.toml").write_text(to_toml({**values, "out": str(tmp_path / "run")}))
     with superlink._private_home() as home, no_process_left() as mark:
         env = superlink._environment(home, mark, {})
         ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
@@ -72,5 +63,5 @@ def test_plain_flwr_run_with_a_toml_file(reference: tuple[str, str], tmp_path: P
         command[0] = superlink._tool("flwr")
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "run" / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-1000:]
-    assert digest(tmp_path / "run") == reference
+    assert_alike([tmp_path / "here", tmp_path / "run"])
     assert "round   2" in done.stdout, "progress shows in the stream"
