@@ -182,7 +182,7 @@ class Book:
         size = min(self._largest_batch(client), len(self.world.shards[client]))
         if size not in self._peaks:
             phases, limit = self.world.config.local.phases, self.world.config.front.cache_memory_bytes
-            reports = [self._step(self.world, size, ORDINARY)]
+            reports = [self._step(self.world, size, ORDINARY)] if self.world.config.local.epochs or not phases else []
             if phases:
                 reports.append(self._probe(size, [ORDINARY], local__epochs=0, local__phases=phases))
             self._peaks[size] = max(r.client_peak_bytes - min(r.stored_bytes, limit) for r in reports)

@@ -67,11 +67,12 @@ class _Silence:
         return self.answers["backward"], 0.0
 
 
-def measure(config: Config, repeats: int = 20) -> Measured:
+def measure(config: Config, repeats: int = 20, clock: Callable[[], float] = time.perf_counter) -> Measured:
     """Time the client's part of a few training steps of `config`, and forward passes of front and tail.
 
     A step has all that a device does in it: batch, front, tail, loss, optimiser, frames; the server answers at
-    once. Front outputs are not kept. A frozen front is charged at the rate of the forward passes.
+    once. Front outputs are not kept. A frozen front is charged at the rate of the forward passes. `clock` may be
+    `time.process_time` where other processes disturb.
 
     Raises:
         FedsplitError: whatever is wrong with the config, or a client's part without compute.
@@ -102,9 +103,9 @@ def measure(config: Config, repeats: int = 20) -> Measured:
         with torch.inference_mode():
             built.short(built.parts.front(batch().x, start=built.start))
 
-    step_s = _median_s(step, repeats, built.device)
+    step_s = _median_s(step, repeats, built.device, clock)
     built.train(False)
-    forward_s = _median_s(look, repeats, built.device)
+    forward_s = _median_s(look, repeats, built.device, clock)
     built.train(True)
     built.load(built.initial)
     return _rates(built, count, repeats, step_s, forward_s)
@@ -122,15 +123,15 @@ def _rates(built: World, count: int, repeats: int, step_s: float, forward_s: flo
     return Measured(count, repeats, step_s, forward_s, train, infer)
 
 
-def _median_s(work: Callable[[], None], repeats: int, device: torch.device) -> float:
+def _median_s(work: Callable[[], None], repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     found = []
     for number in range(WARM_UP + repeats):
-        begun = time.perf_counter()
+        begun = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if number >= WARM_UP:
-            found.append(time.perf_counter() - begun)
+            found.append(clock() - begun)
     return statistics.median(found)
 
 
