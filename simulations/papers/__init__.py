@@ -1,6 +1,6 @@
 """The scoreboards of the papers: one file with the paper's data, and one line here."""
 
-from papers import caesar, d2ft, droppeft, patrol, sfprompt
+from papers import caesar, caesar_split, d2ft, droppeft, patrol, sfprompt
 from papers.scoreboard import Scoreboard
 
 PAPERS: dict[str, Scoreboard] = {
@@ -9,4 +9,5 @@ PAPERS: dict[str, Scoreboard] = {
     "droppeft": droppeft.BOARD,
     "patrol": patrol.BOARD,
     "caesar": caesar.BOARD,
+    "caesar-split": caesar_split.BOARD,
 }

@@ -92,7 +92,8 @@ class Scoreboard:
     `columns` are those of its tables, names of `papers.show.COLUMNS`; `notes` stand below them. With
     `every_round` the global model is tested after every round, not the last alone: then there is a time to
     `target`, a fraction of the reference's last accuracy. --quick runs `quick_arms`, if there are any, alone.
-    `hardening` holds for every hardening. With `audit`, keys of that section, every finished run is audited.
+    `hardening` holds for every hardening. With `audit`, keys of that section, every finished run that sends
+    activations is audited.
     """
 
     name: str
@@ -193,14 +194,14 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
     refuse(board, request.pairs)
     cells = dict.fromkeys((*main_cells(board, request), *ablation_cells(board, request)))
     audit = board.quick_audit if request.quick else board.audit
-    return [
-        Run(
-            arm, partition, seed, configure(board, request, arm, partition, seed),
-            hardening(board, request, arm, seed), audit,
-        )
-        for seed in range(request.seeds)
-        for partition, arm in cells
-    ]  # fmt: skip
+    wanted = []
+    for seed in range(request.seeds):
+        for partition, arm in cells:
+            config = configure(board, request, arm, partition, seed)
+            sends = config.cut.shape != "none"  # else there is nothing to attack
+            before = hardening(board, request, arm, seed)
+            wanted.append(Run(arm, partition, seed, config, before, audit if sends else ()))
+    return wanted
 
 
 def configure(board: Scoreboard, request: Request, arm: str, partition: str, seed: int) -> Config:
