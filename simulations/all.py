@@ -42,7 +42,8 @@ AIMS = (
     Claim("a tenth of its client FLOPs or less", OURS, "client_flops_ratio", "all", "fedavg", high=0.1),
     Claim("the strongest attack below SSIM 0.3", OURS, "ssim", "all", "fedavg", high=0.3),
 )
-# What is left out, by its paper: the name, a line of the table, pairs, and whether the front is hardened.
+# What is left out, by its paper: the name, a line of the table, pairs, and in what its front is hardened in another
+# way; None is a front as shipped.
 WITHOUT: tuple[tuple[str, str, Pairs, Pairs | None], ...] = (
     ("harden", "PATROL: the front as shipped", (), None),
     ("merge", "merging of tokens", ("front.edits=prompts",), ("front.edits=",)),
@@ -70,9 +71,12 @@ def board(public: str) -> Scoreboard:
     hard = (*PLAIN, *((f"data.source={public}",) if public else ()))
     whole = Arm("all", "all together", ALL, (), (), "", hard)
     others = tuple(
-        Arm(f"no-{name}", f"without {title}", ALL, pairs, (), "", None if more is None else (*hard, *more))
+        Arm(
+            f"no-{name}", f"without {title}", ALL, pairs, (), "", (*hard, *more) if more else None,
+            "all" if more == () else "",
+        )
         for name, title, pairs, more in WITHOUT
-    )
+    )  # fmt: skip
     return Scoreboard(
         name="all",
         title="The five papers together",
@@ -86,12 +90,12 @@ def board(public: str) -> Scoreboard:
         quick_partitions=("dirichlet-0.5",),
         quick_ablations=(),
         quick_arms=("fedavg", "all", "no-caesar"),
-        columns=("accuracy_points", "client_flops_ratio", "bytes_ratio", "server_flops_ratio", "virtual_s", "energy_j",
+        columns=("accuracy_points", "client_flops_ratio", "bytes_ratio", "compute_ratio", "virtual_s", "energy_j",
                  "worst_ssim", "worst_labels_right"),
         notes=("Attacks: suite 'quick' of fedsplit audit; FedAvg sends no activations, and is not audited.",),
         hardening=("harden.images=2000", "harden.epochs=6", "harden.finetune-epochs=4"),
-        quick_hardening=("harden.images=120", "harden.epochs=1", "harden.finetune-epochs=1", "data.limit=150",
-                         "data.test-limit=80"),
+        quick_hardening=("harden.images=150", "harden.epochs=2", "harden.finetune-epochs=3", "data.limit=200",
+                         "data.test-limit=100", "harden.batch-size=32"),
         audit=("audit.victims=32",),
         quick_audit=("audit.victims=8", "audit.images=64", "audit.attacks=closed-form,linear"),
         sizes=Sizes(

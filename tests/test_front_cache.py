@@ -91,7 +91,15 @@ def train(config: Config) -> Ran:
 def same(one: Ran, other: Ran) -> bool:
     def result(report: Report) -> Report:
         return dataclasses.replace(
-            report, computed_samples=0, client_flops=0, client_peak_bytes=0, stored_bytes=0, wall_s=0
+            report,
+            computed_samples=0,
+            client_flops=0,
+            client_infer_flops=0,
+            local_flops=0,
+            local_infer_flops=0,
+            client_peak_bytes=0,
+            stored_bytes=0,
+            wall_s=0,
         )
 
     return (

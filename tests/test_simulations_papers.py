@@ -16,8 +16,12 @@ from test_simulations import ROOT, TINY, study
 
 sys.path.append(str(ROOT / "simulations"))
 
+import all as combination
 import paper
 from papers import PAPERS, scoreboard, work
+from papers.figures import Results
+
+from fedsplit.plan import account
 
 LESS = ("data.limit=120", "data.test-limit=20", "rounds=1", "local.max-steps=4", "local.self-update.epochs=1")
 # Arms that between them need every figure: two tables, an arm with a reference of its own, plans, a bandit, a clock.
@@ -72,3 +76,37 @@ def test_every_arm_of_a_quick_scoreboard_can_begin(name: str, tmp_path: Path) ->
     runs = scoreboard.runs(PAPERS[name], scoreboard.Request(tmp_path, seeds=1, quick=True, pairs=LESS[:3]))
     assert len({run.name for run in runs}) == len(runs) >= 5
     work.validate(runs, lambda line: None)
+
+
+@pytest.mark.slow
+def test_all_five_and_each_left_out_can_begin(tmp_path: Path) -> None:
+    board = combination.board("")
+    soft = replace(
+        board, arms=tuple(replace(arm, harden=None, front="") for arm in board.arms)
+    )  # without the weights to come
+    runs = scoreboard.runs(soft, scoreboard.Request(tmp_path, seeds=1, pairs=("data.limit=300", "data.test-limit=20")))
+    work.validate(runs, lambda line: None)
+    configs = {run.arm: run.config for run in runs}
+    assert len({tuple(config.values.items()) for config in configs.values()}) == len(runs) == 12
+    assert set(configs) == {"fedavg", "all", *(f"no-{name}" for name, *_ in combination.WITHOUT)}
+    assert [run.arm for run in runs if not run.audit] == ["fedavg"], "it sends no activations"
+    plans = {name: account(configs[name]) for name in ("fedavg", "all", "no-codecs")}
+    assert plans["all"].total_bytes < plans["no-codecs"].total_bytes < plans["fedavg"].total_bytes / 10
+    assert plans["all"].client_flops < plans["fedavg"].client_flops / 10
+    for run in scoreboard.runs(board, scoreboard.Request(tmp_path, seeds=1)):
+        hardened = run.hardening is not None and run.hardening.train == "all"
+        assert hardened == (run.arm not in ("fedavg", "no-harden")), run.arm
+        if hardened and run.hardening:
+            own = "no-merge" if run.arm == "no-merge" else "all"
+            assert Path(run.hardening.out).name == f"hardened-{own}-s0", "each front is hardened once"
+            assert run.config.model.checkpoint == str(Path(run.hardening.out) / "model.safetensors")
+
+
+def test_what_all_reached_is_read_from_its_runs() -> None:
+    board = combination.board("")
+    own = {"accuracy": 0.75, "client_flops": 5, "bytes_up": 3, "bytes_down": 1, "worst_ssim": 0.25, "curve": []}
+    base = own | {"accuracy": 0.8, "client_flops": 100, "bytes_up": 50, "bytes_down": 30}
+    place = board.partitions[0].name
+    found = combination.figures(board, Results({(place, "all", 0): own, (place, "fedavg", 0): base}, [0]))
+    wanted = {"accuracy_gap": 5.0, "bytes_ratio": 0.05, "client_flops_ratio": 0.05, "worst_ssim": 0.25}
+    assert found == pytest.approx(wanted)

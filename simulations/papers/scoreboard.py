@@ -41,7 +41,8 @@ class Arm:
 
     `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate. Its ratios
     are to arm `reference`; empty is the scoreboard's. With `harden` it begins with the front that
-    `fedsplit harden` makes by the same pairs and these; None is the backbone as it is.
+    `fedsplit harden` makes by the same pairs and these; None is the backbone as it is. `front` is the arm whose
+    hardened front it begins with instead of one of its own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     tuned: Pairs = ()
     reference: str = ""
     harden: Pairs | None = None
+    front: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
         for partition, arm in cells:
             config = configure(board, request, arm, partition, seed)
             sends = config.cut.shape != "none"  # else there is nothing to attack
-            before = hardening(board, request, arm, seed)
+            before = hardening(board, request, board.arm(arm).front or arm, seed)
             wanted.append(Run(arm, partition, seed, config, before, audit if sends else ()))
     return wanted
 
@@ -212,8 +214,9 @@ def configure(board: Scoreboard, request: Request, arm: str, partition: str, see
     """
     chosen = board.arm(arm)
     size, common = scale(board, request)
-    if chosen.harden is not None:
-        common.append(f"model.checkpoint={hardened(request, arm, seed) / 'model.safetensors'}")
+    if chosen.front or chosen.harden is not None:
+        front = hardened(request, chosen.front or arm, seed)
+        common.append(f"model.checkpoint={front / 'model.safetensors'}")
     fixed = [*board.partition(partition).pairs, f"seed={seed}", f"out={request.out / f'{partition}-{arm}-s{seed}'}"]
     pairs = [*size, *common, *board.pairs, *chosen.tuned, *chosen.pairs, *request.pairs, *fixed]
     config = load([CONFIGS / chosen.config], pairs)

@@ -27,6 +27,7 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "accuracy_points": ("points", "accuracy less that of the reference", "points"),
     "bytes_speedup": ("fewer bytes", f"bytes, both ways, {TARGET}", "x"),
     "virtual_s": ("virtual s", "modelled seconds of the whole run", "number"),
+    "energy_j": ("joules", "modelled energy of all devices, the whole run", "number"),
     "virtual_speedup": ("virtual speed", f"modelled seconds {TARGET}", "x"),
     "wall_speedup": ("wall speed", f"seconds that the clients' rounds took here {TARGET}", "x"),
     "compute_speedup": ("compute speed", f"the server's FLOPs {TARGET}", "x"),
