@@ -74,7 +74,7 @@ def test_scoreboards_have_every_arm_and_a_verdict_on_every_claim(
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_arm_of_a_quick_scoreboard_can_begin(name: str, tmp_path: Path) -> None:
     runs = scoreboard.runs(PAPERS[name], scoreboard.Request(tmp_path, seeds=1, quick=True, pairs=LESS[:3]))
-    assert len({run.name for run in runs}) == len(runs) >= 5
+    assert len({run.name for run in runs}) == len(runs) >= 3
     work.validate(runs, lambda line: None)
 
 
