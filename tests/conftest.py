@@ -68,12 +68,6 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole files with slow tests come first: two workers that share the files are then done together."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A run in which nothing passed proves nothing: it fails, as one that collects nothing does."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
