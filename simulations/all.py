@@ -24,6 +24,7 @@ from typing import Any
 import paper
 from papers.figures import Results, mean
 from papers.scoreboard import Arm, Claim, Pairs, Partition, Scoreboard, Sizes, runs
+from papers.work import finished
 
 from fedsplit.types import FedsplitError
 
@@ -151,11 +152,15 @@ def study(whole: Scoreboard, asked: Any, jobs: int) -> int:
     """Run, judge, print and write; returns the exit code."""
     begun = time.monotonic()
     wanted = runs(whole, asked)
+    there = sum(finished(run) is not None for run in wanted)
     summaries, failed = paper.run_all(wanted, jobs, partial(print, flush=True))
     results = Results.of(whole, wanted, summaries)
     sheets, rows, claims = paper.tables(whole, asked, results)
     minutes = (time.monotonic() - begun) / 60
-    foot = [*(f"Failed: {name}: {why}" for name, why in failed.items()), paper.took(minutes, jobs, asked, "0 of all")]
+    foot = [
+        *(f"Failed: {name}: {why}" for name, why in failed.items()),
+        paper.took(minutes, jobs, asked, f"{there} of {len(wanted)}"),
+    ]
     paper.show(whole, asked, wanted[0], sheets, foot)
     print(json.dumps({**figures(whole, results), "aims": claims, "rows": rows, "minutes": round(minutes, 2)}))
     return 1 if failed else 0

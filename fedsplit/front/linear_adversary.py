@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fedsplit.attacks.patches import to_patches
 from fedsplit.front.vit import Part
 from fedsplit.types import FedsplitError, knob
 
@@ -71,4 +71,4 @@ def _patches(images: Tensor, count: int) -> Tensor:
             f"front.penalties=linear-adversary needs a grid of square patches, but {count} patch tokens stand for "
             f"images of {height} x {width} pixels; take adversary instead."
         )
-    return F.unfold(images, side, stride=side).transpose(1, 2)
+    return to_patches(images, side)
