@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedsplit.body.planner import Planner
+from fedsplit.body.seat import Seat
 from fedsplit.body.tally import Tally
 from fedsplit.client import client_compute, client_share, plan_batches, work
 from fedsplit.control import steer
@@ -307,9 +308,14 @@ class Book:
         settings = settings.replace(local__batch_size=max(settings.local.batch_size, samples // max(1, len(orders))))
         small = replace(self.world, config=settings, codecs=codecs, shards=(np.arange(samples),))
         link = small.link(1, 0)
+        job = Job(0, 1, 0, b"", b"")
         with Hollow():
-            report, _, _ = work(small, Job(0, 1, 0, b"", b""), link, orders=orders)
-        return replace(report, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages)
+            seat = Seat.take(small, job)
+            report, _ = work(small, job, link, seat.body, orders=orders)
+            peak = seat.peak_bytes
+        return replace(
+            report, server_peak_bytes=peak, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages
+        )
 
 
 def _like(order: Order) -> Order:

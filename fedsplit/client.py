@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -13,26 +13,38 @@ import torch
 
 from fedsplit import personal
 from fedsplit.body.planner import Planner
-from fedsplit.body.service import LocalBody
+from fedsplit.body.seat import Seat
 from fedsplit.body.tally import Tally
 from fedsplit.data.batches import batches
 from fedsplit.local import Alone, work_alone
 from fedsplit.metrics.memory import weight_bytes
 from fedsplit.optim import PartOptimizer, Watch
 from fedsplit.samples import Stock
-from fedsplit.step import Client, local_step, u_shape_step, vanilla_step
+from fedsplit.step import Body, Client, local_step, u_shape_step, vanilla_step
 from fedsplit.types import Batch, Job, Order, Report, Tensors, Update
 from fedsplit.wire.frame import pack, unpack
 from fedsplit.wire.link import Link, Tap
-from fedsplit.world import Indices, World, shapes_of, steered, values_of
+from fedsplit.world import Indices, World, shapes_of, steered
 
 
 def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
-    """A client's round: receive, work alone, train through the server for the local epochs, send back.
+    """A client's whole round in one process: the device's side, and the server's in an object that sees only bytes.
 
     Pure: the update depends on the world and the job alone; what controllers chose for this client (`job.choices`)
-    stands in the place of the config's own keys, at both ends of the wire. The server's side of the client's steps
-    runs here too, in an object of its own that sees only bytes; `tap` sees what it received.
+    stands in the place of the config's own keys, at both ends of the wire. `tap` sees what the server received.
+    """
+    seen = personal.watches(world)
+    seat = Seat.take(steered(world, job.choices), job, tap, seen[1])
+    update = device_round(world, job, seat.body, seen[0])
+    server, notes = seat.leave()
+    report = replace(update.report, server_peak_bytes=seat.peak_bytes)
+    return replace(update, server=server, notes=notes, report=report)
+
+
+def device_round(world: World, job: Job, body: Body, watch: personal.Importance | None = None) -> Update:
+    """The device's side: receive, work alone, train through `body` for the local epochs, send back.
+
+    `watch` sees what the client's optimisers are given. What the server keeps is not in the update.
     """
     start = time.perf_counter()
     world = steered(world, job.choices)
@@ -41,47 +53,41 @@ def client_round(world: World, job: Job, tap: Tap | None = None) -> Update:
     received = link.decode("parameters-down", job.down, shapes_of(world.client))
     personal.receive(world, received, job.memory)
     link.hold("parameters-up", received)
-    seen = personal.watches(world)
-    report, moments, memory = work(world, job, link, tap, seen)
-    shared, own = _divided(world, world.client, seen[0])
+    report, memory = work(world, job, link, body, watch)
+    shared, own = personal.divided(world, world.client, watch)
     up = link.encode("parameters-up", shared)
     link.hold("parameters-down", shared)
     memory |= link.kept()
     memory |= {f"{personal.OWN}{name}": value for name, value in own.items()}
-    server, notes = _divided(world, world.server, seen[1])
     report = replace(report, bytes=dict(link.sizes), raw_bytes=dict(link.raw), messages=link.messages)
     report = replace(report, wall_s=time.perf_counter() - start)
-    samples = len(world.shards[job.client])
-    return Update(job.client, samples, up, pack(server | moments), report, pack(memory), pack(notes))
+    return Update(job.client, len(world.shards[job.client]), up, b"", report, pack(memory))
 
 
 def work(
     world: World,
     job: Job,
     link: Link,
-    tap: Tap | None = None,
-    watches: Sequence[Watch | None] = (None, None),
+    body: Body,
+    watch: Watch | None = None,
     orders: Sequence[Order] = (),
-) -> tuple[Report, Tensors, Tensors]:
-    """A client's round from what it received to what it sends back, over `link`.
+) -> tuple[Report, Tensors]:
+    """A client's round from what it received to what it sends back, over `link` to `body`.
 
-    `watches` see what the optimisers of the client and of the server are given. The steps are taken
-    by `orders` in turn, if there are any, and else by the plans of the config.
+    `watch` sees what the client's optimisers are given. The steps are taken by `orders` in turn, if there are
+    any, and else by the plans of the config.
 
     Returns:
-        Its figures, the moments of the server's optimiser, and what the client writes down for itself.
+        Its figures, those of the server's memory apart, and what the client writes down for itself.
     """
-    settings = world.config
-    lr = learning_rate(world, job.round)
-    body = _body(world, job, lr, tap, watches[1])
-    client = _client(world, link, lr, watches[0])
+    client = _client(world, link, world.learning_rate(job.round), watch)
     memory = unpack(job.memory)
     stock = Stock(world, job, memory)
-    alone = work_alone(world, job, client, stock, lr, memory)
+    alone = work_alone(world, job, client, stock, world.learning_rate(job.round), memory)
     early = stock.computed
     steps = list(plan_batches(world, job, alone.kept))
     planner = Planner(world, job, memory)
-    client.metrics = body.metrics = planner.metrics
+    client.metrics = planner.metrics
     tally = Tally(world)
     loss, seen = 0.0, 0
     planned = cycle(orders) if orders else planner.orders([indices for indices, _ in steps])
@@ -91,12 +97,9 @@ def work(
         tally.add(order, batch, noise)
         loss += _step(world, client, body, batch, noise, order) * len(batch.y)
         planner.record(indices, order, client.heard)
-        if settings.server.optimizer == "step" and settings.server.schedule != "splitfed-v1":
-            body.optimizer.forget()
-        for meter in (client.meter, body.meter):
-            meter.turn() if planner.pieces else meter.close()
+        client.meter.turn() if planner.pieces else client.meter.close()
         seen += len(batch.y)
-    report = _measured(world, job, client, body, seen, alone, stock, early)
+    report = _measured(world, job, client, seen, alone, stock, early)
     report = replace(
         report,
         **tally.figures(report),
@@ -110,27 +113,7 @@ def work(
         scored_samples=alone.scored,
         computed_samples=stock.computed,
     )
-    return report, _server_moments(world, body.optimizer), {**alone.memory, **stock.memory(), **planner.memory()}
-
-
-def _divided(
-    world: World, parameters: Mapping[str, torch.nn.Parameter], seen: personal.Importance | None
-) -> tuple[Tensors, Tensors]:
-    """The values of one side's parameters: those shared, and those that stay the client's own."""
-    own = personal.withheld(world, parameters, seen)
-    values = values_of(parameters)
-    return (
-        {name: value for name, value in values.items() if name not in own},
-        {name: value for name, value in values.items() if name in own},
-    )
-
-
-def learning_rate(world: World, number: int) -> float:
-    """The learning rate of round `number`, after schedule and warm-up."""
-    settings = world.config.optimizer
-    warm = min(1.0, number / settings.warmup) if settings.warmup else 1.0
-    factor: float = world.config.piece("optimizer.schedule").factor(number, world.config.rounds)
-    return settings.lr * warm * factor
+    return report, {**alone.memory, **stock.memory(), **planner.memory()}
 
 
 def client_share(world: World) -> tuple[int, int]:
@@ -157,26 +140,6 @@ def _client(world: World, link: Link, lr: float, watch: Watch | None) -> Client:
     return client
 
 
-def _body(world: World, job: Job, lr: float, tap: Tap | None, watch: Watch | None) -> LocalBody:
-    settings = world.config
-    state = unpack(job.server)
-    world.load({name: value for name, value in state.items() if "|" not in name} | personal.own_at_server(job.notes))
-    optimizer = PartOptimizer(world.server, settings.optimizer, lr, settings.pieces("share.proximal"), watch)
-    optimizer.load({name: value for name, value in state.items() if "|" in name})
-    vanilla = settings.cut.shape == "vanilla"
-    body = LocalBody(
-        body=world.parts.body,
-        tail=world.parts.tail if vanilla else None,
-        link=world.link(job.round, job.client, tap),
-        optimizer=optimizer,
-        trains=bool(world.server),
-        client_trains=bool(world.trains.front),
-        open=world.open,
-    )
-    body.meter.ignore(world.backbone.vit.parameters())
-    return body
-
-
 def plan_batches(world: World, job: Job, kept: Indices) -> Iterator[tuple[Indices, int]]:
     """The batches (B,) of the split steps over the samples `kept`, each with its augmentation stream."""
     settings = world.config
@@ -190,7 +153,7 @@ def plan_batches(world: World, job: Job, kept: Indices) -> Iterator[tuple[Indice
             yield indices, world.key("augment", job.round, job.client, epoch, step)
 
 
-def _step(world: World, client: Client, body: LocalBody, batch: Batch, noise: int, order: Order) -> float:
+def _step(world: World, client: Client, body: Body, batch: Batch, noise: int, order: Order) -> float:
     if world.config.cut.shape == "none":
         return local_step(client, batch, noise, order)
     step = vanilla_step if world.config.cut.shape == "vanilla" else u_shape_step
@@ -217,28 +180,19 @@ def client_compute(world: World, seen: int, alone: int, scored: int, computed: i
     }
 
 
-def _measured(
-    world: World, job: Job, client: Client, body: LocalBody, seen: int, alone: Alone, stock: Stock, early: int
-) -> Report:
+def _measured(world: World, job: Job, client: Client, seen: int, alone: Alone, stock: Stock, early: int) -> Report:
     """Compute and memory of a round of `seen` samples, and its personalised accuracy if that is asked for."""
-    tails = [body.tail] if body.tail else []
     tested = len(world.held_out[job.client]) if world.config.eval.per_client else 0
     return Report(
         **client_compute(world, seen, alone.seen, alone.scored, stock.computed, early),
         server_flops=client_share(world)[1] * seen,
-        client_peak_bytes=_weights([client.front, *([] if tails else [client.tail])])
+        client_peak_bytes=_weights([client.front, *([] if world.config.cut.shape == "vanilla" else [client.tail])])
         + max(alone.step_bytes, client.optimizer.state_bytes() + client.meter.saved_bytes)
         + min(stock.stored_bytes, world.config.front.cache_memory_bytes),
-        server_peak_bytes=_weights([body.body, *tails]) + body.optimizer.state_bytes() + body.meter.saved_bytes,
         stored_bytes=stock.stored_bytes,
         personal_accuracy=personal.accuracy(world, job.client) if tested else None,
         personal_samples=tested,
     )
-
-
-def _server_moments(world: World, optimizer: PartOptimizer) -> Tensors:
-    keeps = world.config.server.schedule != "splitfed-v1" and world.config.server.optimizer != "step"
-    return optimizer.state() if keeps else {}
 
 
 def _weights(parts: Sequence[torch.nn.Module]) -> int:

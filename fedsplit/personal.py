@@ -15,7 +15,7 @@ from torch import nn
 from fedsplit.metrics.quality import evaluate
 from fedsplit.types import FedsplitError, Tensors
 from fedsplit.wire.frame import pack, unpack
-from fedsplit.world import World
+from fedsplit.world import World, values_of
 
 OWN = "own|"
 """In a client's memory: its value of a parameter that it did not share."""
@@ -106,6 +106,16 @@ def check(world: World) -> None:
             f"share.partial needs a model for every client, but with server.schedule={schedule} they take turns "
             "at one; set server.schedule=splitfed-v1."
         )
+
+
+def divided(world: World, parameters: Mapping[str, nn.Parameter], seen: Importance | None) -> tuple[Tensors, Tensors]:
+    """The values of one side's parameters after a round: those shared, and those that stay the client's own."""
+    own = withheld(world, parameters, seen)
+    values = values_of(parameters)
+    return (
+        {name: value for name, value in values.items() if name not in own},
+        {name: value for name, value in values.items() if name in own},
+    )
 
 
 def own(memory: bytes) -> Tensors:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from fedsplit import runs
-from fedsplit.client import learning_rate
 from fedsplit.config import Config
 from fedsplit.control import steer
 from fedsplit.devices.clock import PHASES, Cost
@@ -147,7 +146,7 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
         "gradient_cosine": _mean([(report.gradient_cosine, 1) for report in reports]),
         "recover_error": _mean([(report.recover_error, 1) for report in reports]),
         "stale_error": _mean([(report.stale_error, 1) for report in reports]),
-        "learning_rate": learning_rate(built, outcome.state.round),
+        "learning_rate": built.learning_rate(outcome.state.round),
         "virtual_s": outcome.cost.seconds,
         "energy_j": outcome.cost.joules,
         "wall_s": round(wall_s, 4),

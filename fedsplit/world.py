@@ -112,12 +112,19 @@ class World:
         self.parts.train(mode)
         self.short.train(mode)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put values into the trained parameters of those names."""
-        named = {**self.client, **self.server}
+    def load(self, tensors: Mapping[str, Tensor], into: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Put values into the trained parameters of those names, or `into` copies of them."""
+        named = {**self.client, **self.server} if into is None else into
         with torch.no_grad():
             for name, value in tensors.items():
                 named[name].copy_(value)
+
+    def learning_rate(self, number: int) -> float:
+        """The learning rate of round `number`, after schedule and warm-up."""
+        settings = self.config.optimizer
+        warm = min(1.0, number / settings.warmup) if settings.warmup else 1.0
+        factor: float = self.config.piece("optimizer.schedule").factor(number, self.config.rounds)
+        return settings.lr * warm * factor
 
     def link(self, number: int, client: int, tap: Tap | None = None) -> Link:
         """One end of the wire to `client` in round `number`."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.client import client_share, learning_rate
+from fedsplit.client import client_share
 from fedsplit.config import Config, resolve
 from fedsplit.layout import pick_device
 from fedsplit.local import Choice
@@ -91,7 +91,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule() -> None:
     built = world(
         resolve({**BASE, "rounds": 5, "optimizer.warmup": 2, "optimizer.schedule": "cosine", "optimizer.lr": 1.0})
     )
-    rates = [learning_rate(built, number) for number in range(1, 6)]
+    rates = [built.learning_rate(number) for number in range(1, 6)]
     assert rates[0] == 0.5 and rates[2] == pytest.approx(0.5) and rates[4] == pytest.approx(0.0)
 
 

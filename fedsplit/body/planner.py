@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.body.ask import Ask
+from fedsplit.config import Config
 from fedsplit.layout import planned_blocks
 from fedsplit.types import ORDINARY, FedsplitError, Job, Op, Order, Plan, Tensors
 from fedsplit.world import Indices, World
@@ -31,7 +32,7 @@ class Planner:
         config = world.config
         self.world, self.job = world, job
         self.pieces: dict[str, Any] = dict(zip(config.names("body.plans"), config.pieces("body.plans"), strict=True))
-        self.metrics = tuple(sorted({metric for piece in self.pieces.values() for metric in metrics_of(piece)}))
+        self.metrics = metrics_in(config)
         self.shape = (world.cut.depth, world.plan_flops.units) if self.pieces else (0, 0)
         self.shard = world.shards[job.client]
         self.variance: float | None = None
@@ -115,6 +116,11 @@ def ask_for(world: World, sizes: Sequence[int], number: int, scores: Mapping[str
         rounds=world.config.rounds,
         scores=scores or {},
     )
+
+
+def metrics_in(config: Config) -> tuple[str, ...]:
+    """The metrics by which the pieces of `body.plans` want the units scored."""
+    return tuple(sorted({metric for piece in config.pieces("body.plans") for metric in metrics_of(piece)}))
 
 
 def metrics_of(piece: Any) -> tuple[str, ...]:

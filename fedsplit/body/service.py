@@ -23,7 +23,8 @@ class LocalBody:
 
     `trains` says whether a parameter here trains, `client_trains` whether the client's front waits
     for a gradient, and `open` which of its tokens do; with neither, no graph is kept. `metrics` score the
-    units of a probed step.
+    units of a probed step. The optimiser `forgets` its moments after each step, if so; where all steps are
+    `alike`, only the first one's memory is measured.
     """
 
     body: Part
@@ -34,7 +35,10 @@ class LocalBody:
     client_trains: bool
     open: slice = field(default_factory=lambda: slice(None))
     metrics: Sequence[str] = ()
+    forgets: bool = False
+    alike: bool = False
     meter: Meter = field(default_factory=Meter)
+    steps: int = 0
     _order: Order = field(default=ORDINARY, repr=False)
     _u: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     _v: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
@@ -68,6 +72,9 @@ class LocalBody:
         return self._finish(), loss.item()
 
     def _receive(self, frame: bytes) -> dict[str, Tensor]:
+        if self.steps:
+            self.meter.close() if self.alike else self.meter.turn()
+        self.steps += 1
         device = next((p.device for p in self.body.parameters()), torch.device("cpu"))
         if self.tail is not None:
             device = next(self.tail.parameters()).device
@@ -88,6 +95,8 @@ class LocalBody:
         plan = self._order.plan
         idle = {name: place for part in parts for name, place in part.idle(plan).items()} if plan else {}
         self.optimizer.step(idle)
+        if self.forgets:
+            self.optimizer.forget()
         if self.client_trains and self._u.grad is not None:
             found["x"] = self._u.grad[:, self.open]
         return self.link.encode("gradients-down", found) if found else b""

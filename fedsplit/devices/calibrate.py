@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsplit.client import client_share, learning_rate
+from fedsplit.client import client_share
 from fedsplit.config import Config
 from fedsplit.data.batches import to_batch
 from fedsplit.devices.profiles import Profile
@@ -82,7 +82,7 @@ def measure(config: Config, repeats: int = 20, clock: Callable[[], float] = time
     indices = np.arange(count) % len(built.data.train)
     link = Link(built.codecs)
     settings, named = config.optimizer, built.client
-    optimizer = PartOptimizer(named, settings, learning_rate(built, 1), config.pieces("share.proximal"))
+    optimizer = PartOptimizer(named, settings, built.learning_rate(1), config.pieces("share.proximal"))
     trains = built.trains
     client = Client(
         built.parts.front, built.parts.tail, link, optimizer, bool(trains.front), bool(trains.body),

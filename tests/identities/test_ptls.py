@@ -14,6 +14,7 @@ import torch
 from small import SMALL, small, tensors_of
 
 from fedsplit import experiment, personal
+from fedsplit.body.seat import Seat
 from fedsplit.client import client_round, work
 from fedsplit.config import Config, resolve
 from fedsplit.progress import Silent
@@ -304,7 +305,8 @@ def test_steps_alone_count_for_the_importance_too() -> None:
     watches = personal.watches(built)
     fresh = experiment.start(built).model
     built.load(fresh)
-    work(built, Job(0, 1, 0, b"", b""), Link({}), watches=watches)
     client, server = watches
+    job = Job(0, 1, 0, b"", b"")
+    work(built, job, Link({}), Seat.take(built, job, watch=server).body, watch=client)
     assert client and client.sums.keys() == {0, 1, 7} and min(client.sums.values()) > 0
     assert server and not server.sums
