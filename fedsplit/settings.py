@@ -243,6 +243,25 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class LinkKeys:
+    """Where real devices reach the body, and what a peer may take; none of these changes a result."""
+
+    listen: str = knob("127.0.0.1:9444", "host:port on which the ServerApp serves the body to devices; port 0 takes a free one")
+    address: str = knob("", "host:port by which devices reach it, where that is not `link.listen`")
+    certificate: str = knob("", "PEM file of the server's certificate chain, made by fedsplit certify; its file is at the server")
+    key: str = knob("", "PEM file of the certificate's private key")
+    plaintext: bool = knob(False, "serve without TLS; devices refuse it unless their node config says plaintext=true")
+    nodes: int = knob(0, "SuperNodes to wait for at the start; 0 is as many as their node config says (num-partitions)", low=0)
+    wait_s: float = knob(120.0, "seconds to wait for them", low=0.0)
+    sessions: int = knob(64, "sessions with the body at once", low=1)
+    packet_bytes: int = knob(2**28, "longest packet in bytes", low=4096)
+    idle_s: float = knob(120.0, "seconds without a packet after which a session is ended, and its client left out of the round", above=0.0)
+    patience_s: float = knob(60.0, "seconds for which a device tries to reach the server again after its connection broke", low=0.0)
+    bytes_per_s: float = knob(0.0, "bytes a second that the server takes of one session; 0 is no limit", low=0.0)
+    packets_per_s: float = knob(0.0, "packets a second that the server takes of one session; 0 is no limit", low=0.0)
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run, without the keys of the pieces."""
 
@@ -271,3 +290,4 @@ class Settings:
     audit: Audit = field(default_factory=Audit)
     harden: Harden = field(default_factory=Harden)
     engine: Engine = field(default_factory=Engine)
+    link: LinkKeys = field(default_factory=LinkKeys)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -40,11 +41,13 @@ from fedsplit.wire.link import Link
 
 DEFAULT_DEVICES = 10
 LOCAL_KEYS = ("out", "resume", "name", "eval.every")
-LOCAL_SECTIONS = ("engine.", "audit.", "harden.")
+LOCAL_SECTIONS = ("engine.", "link.", "audit.", "harden.")
 # Worlds of other choices that are kept at a time: those of a round, in which each is asked for more than once.
 MOST_STEERED = 256
 
 Indices = npt.NDArray[np.int64]
+Dealt = tuple[DataSet, Sequence[Indices]]
+"""Pictures, and the sample indices of every device."""
 
 
 @dataclass(frozen=True)
@@ -178,20 +181,39 @@ def ghost(config: Config) -> World:
     return _build(config, hollow=True)
 
 
-def _build(config: Config, hollow: bool) -> World:
+def halved(config: Config, half: Path, own: Dealt | None = None) -> World:
+    """The world of a device: front and tail of the file `half`, and a body on the meta device, without values.
+
+    `own` are the device's own pictures and whose they are; without them it takes its shard of `data.source`.
+
+    Raises:
+        FedsplitError: as `world`, or the file does not hold what front and tail of `config` need.
+    """
+    return _build(config, hollow=False, half=half, own=own)
+
+
+def _dealt(config: Config, hollow: bool) -> Dealt:
+    data = load(config.data, models.input_size(config.model), hollow)
+    count = config.devices.count or DEFAULT_DEVICES
+    return data, deal(data.train, data.test, data.classes, config.data, count, config.seed)
+
+
+def _build(config: Config, hollow: bool, half: Path | None = None, own: Dealt | None = None) -> World:
     torch.set_num_threads(config.threads)
     device = torch.device("meta") if hollow else pick_device(config.device)
-    image_size = models.input_size(config.model)
-    data = load(config.data, image_size, hollow)
-    dealt = deal(data.train, data.test, data.classes, config.data, config.devices.count or DEFAULT_DEVICES, config.seed)
+    data, dealt = own or _dealt(config, hollow)
     halves = [
         hold_out(indices, data.train.labels, config.data.local_test, key(config.seed, "local-test", number))
         for number, indices in enumerate(dealt)
     ]
-    backbone = models.create(config.model, len(data.classes), config.seed, hollow)
+    settings = replace(config.model, checkpoint=str(half)) if half else config.model
+    backbone = models.create(settings, len(data.classes), config.seed, hollow or half is not None)
     cut = address(config, backbone.depth)
     _edit(config, backbone, cut)
-    backbone.vit.to(device)
+    if half:
+        models.fill(backbone.vit.to("meta"), half, device)
+    else:
+        backbone.vit.to(device)
     if config.compile and not hollow:
         _compile(backbone.vit, config.compile)
     pool = pooling(config, backbone.vit, cut)
@@ -201,6 +223,9 @@ def _build(config: Config, hollow: bool) -> World:
     sides = by_side(config, parts)
     reads = local_reads(config, backbone.vit, cut)
     start = kept_until(config, parts.front, trains)
+    short = shortcut(backbone.vit, cut, parts, reads)
+    if half:
+        models.check_filled((parts.front, parts.tail, short), half)
     look = {"mean": backbone.mean, "std": backbone.std, "device": device}
     return World(
         config=config,
@@ -211,13 +236,13 @@ def _build(config: Config, hollow: bool) -> World:
         backbone=backbone,
         cut=cut,
         parts=parts,
-        short=shortcut(backbone.vit, cut, parts, reads),
+        short=short,
         open=opening(parts.front, trains.front),
         cache=None if start == "images" else FrontCache(parts.front, start, config, data.train, look),
         trains=trains,
         client=sides[0],
         server=sides[1],
-        initial={} if hollow else values_of({**sides[0], **sides[1]}),
+        initial={} if hollow or half else values_of({**sides[0], **sides[1]}),
         codecs=_codecs(config),
         flops=_flops(config, backbone, (cut, backbone.image_size, pool, reads, start)),
         plan_flops=PlanFlops(backbone.vit, cut, backbone.image_size, config.cut.shape, planned_blocks(config, cut)),

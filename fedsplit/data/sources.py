@@ -42,6 +42,23 @@ def load(settings: Data, image_size: int, hollow: bool = False) -> DataSet:
         raise missing_package(error, f"data.source='{settings.source}'") from error
 
 
+def own_pictures(settings: Data, folder: Path, image_size: int, classes: tuple[str, ...]) -> DataSet:
+    """A device's own train.parquet in `folder`, with labels of these `classes`; there is no test set.
+
+    Raises:
+        FedsplitError: as `load`.
+    """
+    file = folder / "train.parquet"
+    if not file.is_file():
+        raise FedsplitError(f"{folder} holds no train.parquet; write it with the columns image ({{bytes}}) and label.")
+    try:
+        mark = (*_mark(file), classes)
+        train, _ = _split(settings, mark, settings.limit, image_size, False, lambda: parquet.read(file, classes))
+    except ModuleNotFoundError as error:
+        raise missing_package(error, f"the device's data in {folder}") from error
+    return DataSet(folder.name, train, Images(train.pixels[:0], train.labels[:0]), classes)
+
+
 def _load(settings: Data, image_size: int, hollow: bool) -> DataSet:
     if settings.source == "digits":
         return _digits(settings, image_size, hollow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +126,37 @@ def load_weights(vit: nn.Module, path: Path) -> None:
             "set model.name to the model it was saved from."
         )
     vit.load_state_dict(state, strict=False)
+
+
+def fill(vit: nn.Module, path: Path, device: torch.device) -> None:
+    """Give a model on the meta device the tensors that the file holds; the others stay without values.
+
+    Raises:
+        FedsplitError: the file cannot be read, or its tensors do not fit the model.
+    """
+    state = {name: value.to(device) for name, value in read_weights(path).items()}
+    try:
+        unknown = vit.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        raise _other_half(path, str(error).splitlines()[-1].strip().rstrip(".")) from None
+    if unknown:
+        raise _other_half(path, f"the model has no '{unknown[0]}'")
+
+
+def check_filled(parts: Iterable[nn.Module], path: Path) -> None:
+    """Whether every tensor of `parts` has values, out of the file `path`.
+
+    Raises:
+        FedsplitError: one has none.
+    """
+    for part in parts:
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            if tensor.is_meta:
+                raise _other_half(path, f"it lacks '{name.removeprefix('_shell.')}'")
+
+
+def _other_half(path: Path, why: str) -> FedsplitError:
+    return FedsplitError(f"{path} is not the client's half of this run's model ({why}); make it anew: fedsplit bundle.")
 
 
 def read_weights(path: Path) -> Tensors:

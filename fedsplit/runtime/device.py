@@ -1,0 +1,229 @@
+"""A real device: what its ClientApp does with a message. Front and tail are here, the body is at the server.
+
+Flower starts a new process for every message, so nothing lives in memory between rounds; the device's own
+folder (`state` of its node config) holds its key and what it keeps (`fedsplit.runtime.drawer`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsplit import personal
+from fedsplit.client import device_round
+from fedsplit.config import Config
+from fedsplit.data.sources import own_pictures
+from fedsplit.front.models import input_size
+from fedsplit.runtime import half
+from fedsplit.runtime.drawer import Drawer
+from fedsplit.runtime.stream.client import StreamClient
+from fedsplit.runtime.stream.limits import Limits
+from fedsplit.runtime.stream.packet import Kind, fingerprint
+from fedsplit.types import FedsplitError, Job, Update
+from fedsplit.wire.codec import Codecs
+from fedsplit.world import World, halved, steered, world
+
+NODE_KEYS = ("partition-id", "num-partitions", "state", "half", "data", "root-certificates", "cache", "plaintext")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a device knows of itself: the node config of its SuperNode.
+
+    It is device `partition` of `partitions`; several devices of a run, where there are more than SuperNodes, are
+    dealt to them in turn. `half` is the file with its part of the model, without which it builds the whole one;
+    `data` is a folder with a train.parquet of its own, without which it takes its shard of `data.source`.
+    """
+
+    partition: int
+    partitions: int
+    state: Path
+    half: Path | None
+    data: Path | None
+    root_certificates: Path | None
+    cache: str
+    plaintext: bool
+
+    @staticmethod
+    def read(node_config: Mapping[str, Any]) -> Site:
+        """The site that a node config describes.
+
+        Raises:
+            FedsplitError: a key is missing or unknown, or has an impossible value.
+        """
+        unknown = sorted(set(node_config) - set(NODE_KEYS))
+        if unknown:
+            raise FedsplitError(f"The node config has a key '{unknown[0]}'; known: {', '.join(NODE_KEYS)}.")
+        number, count = node_config.get("partition-id"), node_config.get("num-partitions")
+        if type(number) is not int or type(count) is not int or not 0 <= number < count:
+            raise FedsplitError(
+                "The node config must say which device this is: --node-config 'partition-id=0 num-partitions=2'."
+            )
+
+        def path(name: str) -> Path | None:
+            text = str(node_config.get(name, ""))
+            return Path(text).expanduser().absolute() if text else None
+
+        return Site(
+            number,
+            count,
+            path("state") or Path.home() / ".fedsplit" / f"device-{number}",
+            path("half"),
+            path("data"),
+            path("root-certificates"),
+            str(node_config.get("cache", "")),
+            bool(node_config.get("plaintext", False)),
+        )
+
+    def key(self) -> Ed25519PrivateKey:
+        """This device's key for the stream, made the first time.
+
+        Raises:
+            FedsplitError: its file cannot be read or written.
+        """
+        file = self.state / "stream.key"
+        try:
+            if not file.exists():
+                _write_key(file)
+            found = serialization.load_pem_private_key(file.read_bytes(), None)
+        except (OSError, ValueError) as error:
+            raise FedsplitError(f"The device's key {file} cannot be used ({error}); set 'state' in its node config.") from None
+        if not isinstance(found, Ed25519PrivateKey):
+            raise FedsplitError(f"The device's key {file} is not an Ed25519 key; remove it, and it is made anew.")
+        return found
+
+    def introduction(self) -> dict[str, Any]:
+        """What the server is told of this device, as plain values."""
+        return {
+            "partition": self.partition,
+            "partitions": self.partitions,
+            "public-key": self.key().public_key().public_bytes_raw(),
+        }
+
+    def world(self, config: Config, client: int) -> World:
+        """The world of `config` as this device has it."""
+        if self.cache:
+            config = config.replace(data__cache=self.cache)
+        if self.half is None:
+            if self.data is not None:
+                raise FedsplitError("A device with data of its own needs its half of the model: set 'half', see fedsplit bundle.")
+            return world(config)
+        if self.data is None:
+            return halved(config, self.half)
+        pictures = own_pictures(config.data, self.data, input_size(config.model), half.classes_of(self.half))
+        nobody = np.arange(0)
+        shards = [nobody] * (config.devices.count or self.partitions)
+        shards[client] = np.arange(len(pictures.train))
+        return halved(config, self.half, (pictures, shards))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a round's message says of the stream: where it is, the token for it, and the frozen weights' digest."""
+
+    address: str
+    token: bytes
+    plaintext: bool
+    frozen: str
+
+    def stream(self, site: Site, config: Config, codecs: Codecs) -> StreamClient:
+        """The device's end of the stream.
+
+        Raises:
+            FedsplitError: the server wants no TLS and this device does, or a certificate cannot be read.
+        """
+        if self.plaintext and not site.plaintext:
+            raise FedsplitError(
+                "The server serves the body without TLS, which this device refuses; "
+                "set link.certificate and link.key at the server, or plaintext=true in the node config."
+            )
+        roots: bytes | Literal["plaintext"] | None = "plaintext" if self.plaintext else None
+        if not self.plaintext and site.root_certificates:
+            try:
+                roots = site.root_certificates.read_bytes()
+            except OSError as error:
+                raise FedsplitError(f"{site.root_certificates} cannot be read ({error.strerror}); see the node config.") from None
+        link = config.link
+        limits = Limits(packet_bytes=link.packet_bytes, idle_s=link.idle_s, session_s=config.engine.timeout_s)
+        return StreamClient(
+            self.address,
+            self.token,
+            site.key(),
+            root_certificates=roots,
+            codecs=codecs_mark(codecs),
+            limits=limits,
+            patience_s=link.patience_s,
+        )
+
+
+@dataclass
+class RemoteBody:
+    """The server's body, reached over a stream; `Body` of `fedsplit.step`."""
+
+    stream: StreamClient
+
+    def forward(self, activations: bytes, noise: int) -> bytes:
+        """Activations down for activations up."""
+        return self.stream.exchange(Kind.FORWARD, noise, activations)[1]
+
+    def backward(self, gradients: bytes) -> bytes:
+        """The gradient at the cut for that at the body's output."""
+        return self.stream.exchange(Kind.BACKWARD, 0, gradients)[1]
+
+    def learn(self, activations: bytes, noise: int) -> tuple[bytes, float]:
+        """Vanilla split: the gradient at the cut, and the loss."""
+        bits, frame = self.stream.exchange(Kind.LEARN, noise, activations)
+        return frame, float(struct.unpack("<d", struct.pack("<Q", bits))[0])
+
+
+def work(config: Config, job: Job, given: Pass, site: Site) -> Update:
+    """A client's round on this device; the body's side stays at the server, and so does what the server notes.
+
+    Raises:
+        FedsplitError: the device cannot do the job as it is set up, or the server refused its session.
+    """
+    if job.client % site.partitions != site.partition:
+        raise FedsplitError(f"Client {job.client} is not of this device, number {site.partition} of {site.partitions}.")
+    drawer = Drawer(site.state, job.client, keep=2 * config.engine.checkpoint_every + 2)
+    job = replace(job, memory=drawer.read(job.memory))
+    built = site.world(config, job.client)
+    if half.frozen_digest(built) != given.frozen:
+        raise FedsplitError("The device's frozen weights are not the server's; give it its half anew: fedsplit bundle.")
+    stream = given.stream(site, config, steered(built, job.choices).codecs)
+    try:
+        update = device_round(built, job, RemoteBody(stream), personal.watches(built)[0])
+        stream.done()
+    finally:
+        stream.close()
+    return replace(update, memory=drawer.write(update.memory))
+
+
+def codecs_mark(codecs: Codecs) -> int:
+    """A number for the codecs of all streams: both ends must have the same."""
+    return fingerprint(repr(sorted((stream, tuple(stages)) for stream, stages in codecs.items())))
+
+
+def _write_key(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    try:
+        os.link(scratch, file)  # whoever came first: its key stays
+    except FileExistsError:
+        pass
+    finally:
+        scratch.unlink()
