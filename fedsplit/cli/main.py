@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from fedsplit.cli import certify
 from fedsplit.types import FedsplitError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `fedsplit --help` is quick
@@ -101,6 +102,8 @@ def build() -> argparse.ArgumentParser:
     doctor.add_argument("--calibrate", action="store_true", help=what)
     _config_options(doctor)
     doctor.add_argument("--out", metavar="F.toml", help="file of the profile (with --calibrate)")
+
+    certify.add(commands)
 
     pretrain = _add(commands, "pretrain", _pretrain, "train a small backbone from scratch on a folder of images")
     pretrain.add_argument("--config", action="append", default=[], metavar="F.toml", help="TOML file of pretrain keys")
