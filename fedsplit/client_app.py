@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsplit.client import client_round
@@ -15,9 +15,24 @@ app = ClientApp()
 
 @app.train(ACTION)
 def train(message: Message, context: Context) -> Message:
-    """Do the job that the message holds; everything that the client needs is in it."""
+    """Do the job that the message holds: with a body in this process, or, on a real device, with the server's."""
     config, job = read_job(message.content)
     injected = faults.parse(config.engine.faults)
     faults.before(injected, job, disposable=True)
-    update = client_round(world(config), job)
+    if "stream" in message.content:
+        from fedsplit.runtime import device
+
+        given = device.Pass(**dict(message.content["stream"]))  # type: ignore[arg-type]
+        update = device.work(config, job, given, device.Site.read(context.node_config))
+    else:
+        update = client_round(world(config), job)
     return Message(write_update(faults.after(injected, job, update)), reply_to=message)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say which device this is."""
+    from fedsplit.runtime import device
+
+    said = device.Site.read(context.node_config).introduction()
+    return Message(RecordDict({"device": ConfigRecord(said)}), reply_to=message)

@@ -13,6 +13,7 @@ from fedsplit import experiment
 from fedsplit.cli.progress import Lines
 from fedsplit.config import Config, resolve
 from fedsplit.runs import RunFolder
+from fedsplit.runtime import deployed
 from fedsplit.runtime.flower_ray import FlowerRunner, device_count, wait_for_nodes
 from fedsplit.runtime.ray_pool import is_simulation, mend_actor_pool
 
@@ -23,16 +24,28 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured experiment; an exception fails the Flower run."""
     _show_log()
-    actors = mend_actor_pool() if is_simulation(grid) else None
     config = _under_home(resolve(context.run_config))
-    nodes = wait_for_nodes(grid)
     if config.resume:
-        # The folder says what the run is; the rest of the run config does not count.
-        config = RunFolder.open(config.resume)[1].replace(resume=config.resume)
-    else:
-        config = config.replace(devices__count=device_count(config.devices.count, len(nodes)))
-    runner = FlowerRunner(grid, config, nodes, actors=actors, poll_s=0.01 if actors else 0.1)
+        # The folder says what the run is; of the rest of the run config only where devices are met counts.
+        stored = RunFolder.open(config.resume)[1]
+        link = {name: value for name, value in config.values.items() if name.startswith("link.")}
+        config = resolve({**stored.values, **link, "resume": config.resume})
+    if is_simulation(grid):
+        actors, nodes = mend_actor_pool(), wait_for_nodes(grid)
+        config = _counted(config, device_count(config.devices.count, len(nodes)))
+        _run(config, FlowerRunner(grid, config, nodes, actors=actors))
+        return
+    with deployed.serve(grid, config) as (devices, runner):
+        config = _counted(config, config.devices.count or devices)
+        _run(config, runner(config))
+
+
+def _run(config: Config, runner: FlowerRunner) -> None:
     experiment.run(config, runner, root=Path.home() / "runs", progress=Lines())
+
+
+def _counted(config: Config, devices: int) -> Config:
+    return config if config.resume else config.replace(devices__count=devices)
 
 
 def _under_home(config: Config) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from fedsplit.runtime.drawer import Drawer
 from fedsplit.runtime.stream.client import StreamClient
 from fedsplit.runtime.stream.limits import Limits
 from fedsplit.runtime.stream.packet import Kind, fingerprint
+from fedsplit.step import Body
 from fedsplit.types import FedsplitError, Job, Update
 from fedsplit.wire.codec import Codecs
 from fedsplit.world import World, halved, steered, world
@@ -95,7 +96,8 @@ class Site:
                 _write_key(file)
             found = serialization.load_pem_private_key(file.read_bytes(), None)
         except (OSError, ValueError) as error:
-            raise FedsplitError(f"The device's key {file} cannot be used ({error}); set 'state' in its node config.") from None
+            why = f"The device's key {file} cannot be used ({error})"
+            raise FedsplitError(f"{why}; set 'state' in its node config to a folder of its own.") from None
         if not isinstance(found, Ed25519PrivateKey):
             raise FedsplitError(f"The device's key {file} is not an Ed25519 key; remove it, and it is made anew.")
         return found
@@ -114,7 +116,7 @@ class Site:
             config = config.replace(data__cache=self.cache)
         if self.half is None:
             if self.data is not None:
-                raise FedsplitError("A device with data of its own needs its half of the model: set 'half', see fedsplit bundle.")
+                raise FedsplitError("A device with data of its own needs its half of the model: see fedsplit bundle.")
             return world(config)
         if self.data is None:
             return halved(config, self.half)
@@ -150,7 +152,8 @@ class Pass:
             try:
                 roots = site.root_certificates.read_bytes()
             except OSError as error:
-                raise FedsplitError(f"{site.root_certificates} cannot be read ({error.strerror}); see the node config.") from None
+                why = f"{site.root_certificates} cannot be read ({error.strerror})"
+                raise FedsplitError(f"{why}; set 'root-certificates' in the node config.") from None
         link = config.link
         limits = Limits(packet_bytes=link.packet_bytes, idle_s=link.idle_s, session_s=config.engine.timeout_s)
         return StreamClient(
@@ -172,19 +175,24 @@ class RemoteBody:
 
     def forward(self, activations: bytes, noise: int) -> bytes:
         """Activations down for activations up."""
-        return self.stream.exchange(Kind.FORWARD, noise, activations)[1]
+        return self._send(Kind.FORWARD, noise, activations)[1]
 
     def backward(self, gradients: bytes) -> bytes:
         """The gradient at the cut for that at the body's output."""
-        return self.stream.exchange(Kind.BACKWARD, 0, gradients)[1]
+        return self._send(Kind.BACKWARD, 0, gradients)[1]
 
     def learn(self, activations: bytes, noise: int) -> tuple[bytes, float]:
         """Vanilla split: the gradient at the cut, and the loss."""
-        bits, frame = self.stream.exchange(Kind.LEARN, noise, activations)
+        bits, frame = self._send(Kind.LEARN, noise, activations)
         return frame, float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
+    def _send(self, kind: Kind, noise: int, payload: bytes) -> tuple[int, bytes]:
+        return self.stream.exchange(kind, noise, payload)
 
-def work(config: Config, job: Job, given: Pass, site: Site) -> Update:
+
+def work(
+    config: Config, job: Job, given: Pass, site: Site, body: Callable[[StreamClient], Body] = RemoteBody
+) -> Update:
     """A client's round on this device; the body's side stays at the server, and so does what the server notes.
 
     Raises:
@@ -199,7 +207,7 @@ def work(config: Config, job: Job, given: Pass, site: Site) -> Update:
         raise FedsplitError("The device's frozen weights are not the server's; give it its half anew: fedsplit bundle.")
     stream = given.stream(site, config, steered(built, job.choices).codecs)
     try:
-        update = device_round(built, job, RemoteBody(stream), personal.watches(built)[0])
+        update = device_round(built, job, body(stream), personal.watches(built)[0])
         stream.done()
     finally:
         stream.close()

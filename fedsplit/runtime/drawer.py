@@ -64,7 +64,8 @@ class Drawer:
             self._tidy()
         except OSError as error:
             scratch.unlink(missing_ok=True)
-            raise FedsplitError(f"This device cannot keep {len(content)} bytes ({error.strerror}); free space.") from None
+            why = f"This device cannot keep {len(content)} bytes in {self._folder} ({error.strerror})"
+            raise FedsplitError(f"{why}; free space, or set 'state' in its node config.") from None
         return pack({RECEIPT: torch.frombuffer(bytearray.fromhex(name), dtype=torch.uint8)})
 
     def _tidy(self) -> None:

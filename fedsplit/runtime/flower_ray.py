@@ -63,19 +63,23 @@ class FlowerRunner:
         while waiting or sent:
             while waiting and len(sent) < max(IN_FLIGHT, len(self._nodes)):
                 job = waiting.popleft()
-                message_id = self._send(job)
-                if message_id:
-                    sent[message_id] = (job, time.monotonic())
+                sending = self._send(job)
+                if isinstance(sending, Failure):
+                    yield sending
                 else:
-                    yield Failure(job.client, "Flower did not accept its message")
+                    sent[sending] = (job, time.monotonic())
             replies = list(self._grid.pull_messages(list(sent)))
             for reply in replies:
                 entry = sent.pop(reply.metadata.reply_to_message_id, None)
                 if entry:
-                    yield read_reply(reply, entry[0])
+                    yield self._received(reply, entry[0])
             if replies:
                 moved = time.monotonic()
                 continue
+            for message_id, (job, _) in list(sent.items()):
+                if lost := self._given_up(job):
+                    del sent[message_id]
+                    yield lost
             overdue = self._overdue(sent, moved)
             for message_id in overdue:
                 job, _ = sent.pop(message_id)
@@ -83,10 +87,21 @@ class FlowerRunner:
                 yield Failure(job.client, f"no reply within {self._timeout_s:g} s")
             time.sleep(self._poll_s)
 
-    def _send(self, job: Job) -> str | None:
+    def _send(self, job: Job) -> str | Failure:
+        """Send a job off; the message's id, or why there is none."""
         node = self._nodes[job.client % len(self._nodes)]
-        message = Message(write_job(self._config, job), node, MESSAGE_TYPE)
-        return next(iter(self._grid.push_messages([message])), None)
+        return self._push(job, Message(write_job(self._config, job), node, MESSAGE_TYPE))
+
+    def _push(self, job: Job, message: Message) -> str | Failure:
+        accepted = next(iter(self._grid.push_messages([message])), None)
+        return accepted or Failure(job.client, "Flower did not accept its message")
+
+    def _received(self, reply: Message, job: Job) -> Update | Failure:
+        return read_reply(reply, job)
+
+    def _given_up(self, job: Job) -> Failure | None:
+        """Why nothing more is to be expected of a client that has not replied, if so."""
+        return None
 
     def _overdue(self, sent: dict[str, tuple[Job, float]], moved: float) -> list[str]:
         """Messages past their time; a simulated client among them loses its process."""

@@ -47,8 +47,11 @@ def tensors_of(built: World) -> Tensors:
 
 def frozen_digest(built: World) -> str:
     """SHA-256 of what does not train in front and tail: the server and its devices must have the same."""
-    frozen = {name: value for name, value in tensors_of(built).items() if name not in built.trains.names}
-    return hashlib.sha256(pack(frozen)).hexdigest()
+    if "frozen" not in built.memo:
+        frozen = {name: value for name, value in tensors_of(built).items() if name not in built.trains.names}
+        built.memo["frozen"] = hashlib.sha256(pack(frozen)).hexdigest()
+    digest: str = built.memo["frozen"]
+    return digest
 
 
 def classes_of(path: Path) -> tuple[str, ...]:

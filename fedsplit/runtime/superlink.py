@@ -75,24 +75,24 @@ def flwr_run(
     began = time.monotonic()
     if not (app_dir / "pyproject.toml").is_file():
         raise FedsplitError(f"{app_dir} is not a Flower app: it has no pyproject.toml.")
-    with _private_home() as home, no_process_left() as mark:
-        variables = _environment(home, mark, env or {})
+    with private_home() as home, no_process_left() as mark:
+        variables = environment(home, mark, env or {})
         values = dict(read_toml(run_config) if isinstance(run_config, Path) else run_config)
-        _make_absolute(values, cwd or Path.cwd())
+        make_absolute(values, cwd or Path.cwd())
         (home / "run.toml").write_text(to_toml(values), encoding="utf-8")
-        shutil.copytree(app_dir, home / "app", ignore=_not_for_a_bundle)
+        shutil.copytree(app_dir, home / "app", ignore=not_for_a_bundle)
         _start_superlink(home, variables, cwd)
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus_per_client}"
         if ray_cpus:
             federation += f" init-args-num-cpus={ray_cpus}"
-        command = [_tool("flwr"), "run", str(home / "app"), "private", "--stream"]
+        command = [tool("flwr"), "run", str(home / "app"), "private", "--stream"]
         command += ["--run-config", str(home / "run.toml"), "--federation-config", federation]
         log = _stream(command, variables, cwd, began + timeout_s, echo or (lambda line: None))
         run_id = _completed_run(variables, cwd, log)
     return Result(run_id, "\n".join(log), time.monotonic() - began)
 
 
-def _make_absolute(values: dict[str, Scalar], cwd: Path) -> None:
+def make_absolute(values: dict[str, Scalar], cwd: Path) -> None:
     """Relative paths mean the caller's folder; the run's processes work elsewhere."""
     for key in PATHS:
         path = cwd / Path(str(values.get(key) or "")).expanduser()
@@ -142,12 +142,13 @@ def _pairs(texts: Sequence[str]) -> dict[str, Scalar]:
     return values
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """A command of this Python's environment, whatever PATH says."""
     return str(Path(sys.executable).parent / name)
 
 
-def _environment(home: Path, mark: str, extra: Mapping[str, str]) -> dict[str, str]:
+def environment(home: Path, mark: str, extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of Flower's processes: private to `home`, marked for `no_process_left`."""
     outer = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{outer.get('PATH', os.defpath)}"
     # An own RAY_TMPDIR also hides the user's cluster, which ray.init would otherwise join.
@@ -156,7 +157,8 @@ def _environment(home: Path, mark: str, extra: Mapping[str, str]) -> dict[str, s
 
 
 @contextmanager
-def _private_home() -> Iterator[Path]:
+def private_home() -> Iterator[Path]:
+    """A folder for Flower's and Ray's own files, which goes with them."""
     # Ray's sockets lie below it, and their paths may not be longer than 107 bytes.
     short = "/tmp" if len(tempfile.gettempdir()) > 12 and os.access("/tmp", os.W_OK) else None
     home = Path(tempfile.mkdtemp(prefix="fedsplit-", dir=short))
@@ -166,7 +168,7 @@ def _private_home() -> Iterator[Path]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _not_for_a_bundle(folder: str, names: list[str]) -> set[str]:
+def not_for_a_bundle(folder: str, names: list[str]) -> set[str]:
     """What no bundle may hold. Flower looks at every file below an app first: seconds for a .venv."""
     left_out = set()
     for name in names:
@@ -182,9 +184,9 @@ def _not_for_a_bundle(folder: str, names: list[str]) -> set[str]:
 
 
 def _start_superlink(home: Path, env: Mapping[str, str], cwd: Path | None) -> None:
-    port, control = _free_ports(2)
+    port, control = free_ports(2)
     log = home / "superlink.log"
-    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = [tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -202,7 +204,8 @@ def _start_superlink(home: Path, env: Mapping[str, str], cwd: Path | None) -> No
     (home / "config.toml").write_text(connection, encoding="utf-8")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens on now."""
     held = [socket.socket() for _ in range(count)]
     try:
         for one in held:
@@ -265,7 +268,7 @@ def _stream(
 def _completed_run(env: Mapping[str, str], cwd: Path | None, log: Sequence[str]) -> str:
     """The id of the SuperLink's only run, if it completed."""
     found = subprocess.run(
-        [_tool("flwr"), "ls", "private", "--format", "json"], env=dict(env), cwd=cwd, capture_output=True, text=True
+        [tool("flwr"), "ls", "private", "--format", "json"], env=dict(env), cwd=cwd, capture_output=True, text=True
     )
     try:
         run = json.loads(found.stdout)["runs"][0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fedsplit.demo
-from fedsplit.runtime.superlink import _make_absolute
+from fedsplit.runtime.superlink import make_absolute
 from fedsplit.types import FedsplitError, Scalar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_a_bad_key_is_one_sentence() -> None:
 def test_relative_paths_mean_the_callers_folder(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     values: dict[str, Scalar] = {"out": "x", "resume": "", "data.source": "images", "seed": 1}
-    _make_absolute(values, tmp_path)
+    make_absolute(values, tmp_path)
     assert values == {
         "out": str(tmp_path / "x"),
         "resume": "",
@@ -75,5 +75,5 @@ def test_relative_paths_mean_the_callers_folder(tmp_path: Path) -> None:
         "seed": 1,
     }
     values = {"data.source": "digits"}
-    _make_absolute(values, tmp_path)
+    make_absolute(values, tmp_path)
     assert values == {"data.source": "digits"}

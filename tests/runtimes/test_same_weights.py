@@ -54,13 +54,13 @@ def test_plain_flwr_run_with_a_toml_file(tmp_path: Path) -> None:
     values = {**VALUES, **BODY}
     in_process(resolve(values), tmp_path / "here")
     (tmp_path / "study.toml").write_text(to_toml({**values, "out": str(tmp_path / "run")}))
-    with superlink._private_home() as home, no_process_left() as mark:
-        env = superlink._environment(home, mark, {})
+    with superlink.private_home() as home, no_process_left() as mark:
+        env = superlink.environment(home, mark, {})
         ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
-        env |= dict(zip(ports, map(str, superlink._free_ports(2)), strict=True))
+        env |= dict(zip(ports, map(str, superlink.free_ports(2)), strict=True))
         command = ["flwr", "run", ".", "--stream", "--run-config", str(tmp_path / "study.toml")]
         command += ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
-        command[0] = superlink._tool("flwr")
+        command[0] = superlink.tool("flwr")
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "run" / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-1000:]
     assert_alike([tmp_path / "here", tmp_path / "run"])

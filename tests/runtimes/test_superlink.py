@@ -67,7 +67,7 @@ def test_tail_says_what_ended_the_run() -> None:
 
 def test_environment_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    env = superlink._environment(tmp_path, "mark", {"MORE": "1"})
+    env = superlink.environment(tmp_path, "mark", {"MORE": "1"})
     assert "RAY_ADDRESS" not in env and env["FLWR_HOME"] == str(tmp_path) and env["MORE"] == "1"
     assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env[processes.MARK] == "mark"
 
@@ -93,7 +93,7 @@ def test_a_bundle_is_made_of_little(tmp_path: Path) -> None:
         (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "from" / name).touch()
     (tmp_path / "from" / "link.py").symlink_to("nowhere")
-    shutil.copytree(tmp_path / "from", tmp_path / "to", ignore=superlink._not_for_a_bundle)
+    shutil.copytree(tmp_path / "from", tmp_path / "to", ignore=superlink.not_for_a_bundle)
     found = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*") if path.is_file()}
     assert found == {"app/a.py", ".gitignore", "pyproject.toml"}
 

@@ -124,6 +124,14 @@ class StreamServer:
             handler, session.handler = session.handler, None
             return handler
 
+    def lost(self, token: bytes) -> str:
+        """Why the session with this token is over without DONE; empty while it is not."""
+        with self._lock:
+            if _place(token) in self._sessions:
+                return ""
+            ended = [one.last_error for one in self._past if _place(one.ticket.token) == _place(token)]
+            return (ended[-1] if ended else "") or "It is over."
+
     def sessions(self) -> list[Figures]:
         """All sessions, and the last ones that have ended."""
         with self._lock:

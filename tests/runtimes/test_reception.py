@@ -1,0 +1,44 @@
+"""Invariant 7 for the stream: devices that have their halves alone, at a served body, are as one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alike import BODY, VALUES, assert_alike, in_process
+from streamed import streamed
+
+from fedsplit.config import resolve
+from fedsplit.types import Scalar
+
+SMALL: dict[str, Scalar] = {
+    **VALUES,
+    "model.name": "fedsplit_nano",
+    "model.pretrained": False,
+    "cut.front": 1,
+    "cut.tail": 1,
+    "rounds": 2,
+    "data.limit": 60,
+    "data.test-limit": 20,
+    "devices.count": 2,
+    "devices.per-round": 2,
+}
+REMEMBER: dict[str, Scalar] = {**BODY, "eval.per-client": False, "cut.tail": 0}
+CONFIGS: dict[str, dict[str, Scalar]] = {
+    "u-shape": {},
+    "vanilla": {"cut.shape": "vanilla", "cut.tail": 0},
+    "the tail alone": {"train": "tail", "cut.tail": 0},
+    "alone": {"cut.shape": "none"},
+    "in turns": {"server.schedule": "splitfed-v2", "server.optimizer": "keep"},
+    "personal layers, plans, a bandit": REMEMBER,
+    "prompts, a bottleneck and merging": {"front.edits": "prompts,bottleneck,merge", "train": "prompts,tail"},
+    "chosen samples": {"local.phases": "self-update", "data.select": "el2n", "data.el2n.keep": 0.5},
+    "codecs that remember": {"wire.parameters-up": "delta,feedback,topk", "wire.activations-up": "int8,zstd"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_over_the_stream_is_as_in_process(name: str, tmp_path: Path) -> None:
+    values = {**SMALL, **CONFIGS[name]}
+    in_process(resolve(values), tmp_path / "here")
+    assert_alike([tmp_path / "here", streamed(values, tmp_path)])
