@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +76,10 @@ def create(settings: Model, classes: int, seed: int, hollow: bool = False) -> Ba
     torch.manual_seed(key(seed, "model"))
     if hollow:
         settings = replace(settings, pretrained=False)
+    # Initial values of a tensor without values cost more than all else of it.
+    more = {"weight_init": "skip"} if hollow else {}
     with torch.device("meta") if hollow else nullcontext():
-        vit = _own(settings, classes) if settings.name in SHAPES else _from_timm(settings, classes)
+        vit = (_own if settings.name in SHAPES else _from_timm)(settings, classes, more)
     if settings.checkpoint:
         path = Path(settings.checkpoint).expanduser()
         shape = prune.read_shape(path)
@@ -179,11 +181,11 @@ def read_weights(path: Path) -> Tensors:
     return state
 
 
-def _own(settings: Model, classes: int) -> Any:
+def _own(settings: Model, classes: int, how: Mapping[str, str]) -> Any:
     shape = SHAPES[settings.name] | ({"img_size": settings.image_size} if settings.image_size else {})
     if settings.pool not in ("", "avg"):
         raise FedsplitError(f"{settings.name} has no class token; set model.pool to '' or 'avg'.")
-    vit = _build(settings, lambda **more: VisionTransformer(num_classes=classes, **shape, **more))
+    vit = _build(settings, lambda **more: VisionTransformer(num_classes=classes, **shape, **how, **more))
     if settings.pretrained and not settings.checkpoint:
         if settings.name not in SHIPPED:
             raise FedsplitError(
@@ -194,9 +196,9 @@ def _own(settings: Model, classes: int) -> Any:
     return vit
 
 
-def _from_timm(settings: Model, classes: int) -> Any:
+def _from_timm(settings: Model, classes: int, how: Mapping[str, str]) -> Any:
     name = _timm_name(settings)
-    shape: dict[str, Any] = {"img_size": settings.image_size} if settings.image_size else {}
+    shape: dict[str, Any] = {**how, **({"img_size": settings.image_size} if settings.image_size else {})}
     if settings.pool:
         shape["global_pool"] = settings.pool
     if timm.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN:
