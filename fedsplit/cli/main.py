@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from fedsplit.cli import certify
+from fedsplit.cli import certify, device
 from fedsplit.types import FedsplitError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `fedsplit --help` is quick
@@ -102,6 +102,7 @@ def build() -> argparse.ArgumentParser:
     doctor.add_argument("--calibrate", action="store_true", help=what)
     _config_options(doctor)
     doctor.add_argument("--out", metavar="F.toml", help="file of the profile (with --calibrate)")
+    device.add(doctor)
 
     certify.add(commands)
 
@@ -239,8 +240,12 @@ def _doctor(options: argparse.Namespace) -> int:
         from fedsplit.cli.calibrate import carry_out
 
         return carry_out(options)
+    if options.device:
+        return device.run(options)
     if options.config or options.set or options.out:
-        raise FedsplitError("doctor takes --config, --set and --out only with --calibrate.")
+        raise FedsplitError(
+            "doctor takes --config and --set only with --calibrate or --device, --out with --calibrate."
+        )
     found = doctor.checks()
     print(doctor.as_json(found) if options.json else doctor.report(found))
     return 1 if any(check.level == "error" for check in found) else 0

@@ -85,7 +85,7 @@ def determinism() -> Iterator[Check]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        same = torch.equal(_small_step(), _small_step())
+        same = torch.equal(small_step(), small_step())
     finally:
         torch.set_num_threads(threads)
     if same:
@@ -124,7 +124,8 @@ def ray() -> Iterator[Check]:
     yield _folder("Ray's sessions", sessions, "error", "set RAY_TMPDIR to a short path that can be written.")
 
 
-def _small_step() -> Tensor:
+def small_step() -> Tensor:
+    """A gradient (96, 96), from the same numbers every time."""
     import torch
 
     stream = torch.Generator().manual_seed(0)

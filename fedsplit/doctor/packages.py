@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fedsplit.doctor.check import Check
@@ -29,21 +29,24 @@ def python() -> Iterator[Check]:
         yield Check("Python", "error", version, f"Use Python {supported}.")
 
 
-def packages() -> Iterator[Check]:
-    """One check for every package that fedsplit asks for, itself or in an extra."""
+def packages(needed: Sequence[str] = ()) -> Iterator[Check]:
+    """One check for every package that fedsplit asks for, itself or in an extra; in `needed` extras alone, if given.
+
+    What a needed extra asks for must be there; of other extras it may be missing.
+    """
     if not _installed():
         yield Check("fedsplit", "error", "not installed", "pip install . in a checkout, in the environment of the run.")
         return
     yield Check("fedsplit", "ok", importlib.metadata.version("fedsplit"))
     wanted: dict[str, Requirement] = {}
     extras_of: dict[str, list[str]] = {}
-    for extra in ("", *_extras()):
+    for extra in ("", *(needed or _extras())):
         for requirement in _requirements("fedsplit", extra):
             for one in (requirement, *_through_extras(requirement)):
                 wanted.setdefault(one.name, one)
                 extras_of.setdefault(one.name, []).append(extra)
     for name, requirement in wanted.items():
-        yield _package(requirement, [] if "" in extras_of[name] else extras_of[name])
+        yield _package(requirement, [] if needed or "" in extras_of[name] else extras_of[name])
 
 
 def torchvision() -> Iterator[Check]:
