@@ -49,4 +49,6 @@ def check_labels(labels: npt.NDArray[np.int64], names: tuple[str, ...], where: s
 
 def missing_package(error: ModuleNotFoundError, what: str) -> FedsplitError:
     """The refusal of `what` where an optional package is not installed."""
-    return FedsplitError(f"{what} needs the package '{error.name}': pip install 'fedsplit[simulation]'.")
+    # A device reads its own data, and has nothing of a simulation.
+    extra = "device" if (error.name or "").partition(".")[0] == "pyarrow" else "simulation"
+    return FedsplitError(f"{what} needs the package '{error.name}': pip install 'fedsplit[{extra}]'.")

@@ -293,7 +293,7 @@ def test_a_hub_set_without_what_is_needed(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(FedsplitError, match=r"needs the package 'pyarrow'"):
+    with pytest.raises(FedsplitError, match=r"needs the package 'pyarrow': pip install 'fedsplit\[device\]'"):
         load(folder)
 
 
