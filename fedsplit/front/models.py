@@ -181,7 +181,7 @@ def read_weights(path: Path) -> Tensors:
     return state
 
 
-def _own(settings: Model, classes: int, how: Mapping[str, str]) -> Any:
+def _own(settings: Model, classes: int, how: Mapping[str, Any]) -> Any:
     shape = SHAPES[settings.name] | ({"img_size": settings.image_size} if settings.image_size else {})
     if settings.pool not in ("", "avg"):
         raise FedsplitError(f"{settings.name} has no class token; set model.pool to '' or 'avg'.")
@@ -196,7 +196,7 @@ def _own(settings: Model, classes: int, how: Mapping[str, str]) -> Any:
     return vit
 
 
-def _from_timm(settings: Model, classes: int, how: Mapping[str, str]) -> Any:
+def _from_timm(settings: Model, classes: int, how: Mapping[str, Any]) -> Any:
     name = _timm_name(settings)
     shape: dict[str, Any] = {**how, **({"img_size": settings.image_size} if settings.image_size else {})}
     if settings.pool:
