@@ -133,6 +133,10 @@ class LocalNet:
             time.sleep(2.0)  # every look starts a process of Flower
         return status
 
+    def stop(self, run_id: str) -> None:
+        """Tell Flower to stop a run, if it does not know yet that it is over."""
+        self._flwr("stop", run_id, CONNECTION)
+
     def run(self, values: Mapping[str, Scalar], timeout_s: float = 600.0) -> str:
         """Submit a run and wait until it has completed; its id.
 
@@ -164,14 +168,15 @@ class LocalNet:
                     one.send_signal(number)
         process.wait()
 
-    def find(self, word: str) -> list[psutil.Process]:
-        """The processes of this deployment whose command line holds `word`, such as flwr-serverapp."""
+    def find(self, word: str, below: str) -> list[psutil.Process]:
+        """The processes that `below` ("superlink", "node-0" …) started, with `word` in their command line."""
         found = []
-        for process in self.processes.values():
+        if below in self.processes:
             with suppress(psutil.Error):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    if any(word in part for part in child.cmdline()):
-                        found.append(child)
+                for child in psutil.Process(self.processes[below].pid).children(recursive=True):
+                    with suppress(psutil.Error):
+                        if any(word in part for part in child.cmdline()):
+                            found.append(child)
         return found
 
     def _start(self, name: str, command: list[str], cwd: Path) -> None:

@@ -5,165 +5,43 @@ Each fault ends as a run in which that client was never there, to the bit.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from alike import VALUES, digest
+from alike import ROOT, digest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cutter import Cutter
-from streamed import devices, streamed
+
+sys.path.append(str(ROOT / "simulations"))
+
+import faults
+from drills import broken
+from drills.broken import BROKEN, TINY
+from drills.cutter import Cutter
+from drills.streamed import devices, streamed
 
 from fedsplit import experiment
-from fedsplit.config import Config, resolve
-from fedsplit.deploy.certificates import certify
+from fedsplit.config import Config
 from fedsplit.progress import Silent
-from fedsplit.runs import RunFolder
 from fedsplit.runtime import device
-from fedsplit.runtime.inprocess import Loop
-from fedsplit.runtime.stream.packet import Kind
-from fedsplit.types import Failure, FedsplitError, Job, Scalar, Update
-from fedsplit.wire.frame import pack
+from fedsplit.types import FedsplitError, Job, Update
 
-BROKEN, ROUND = 1, 1
-TINY: dict[str, Scalar] = {
-    **VALUES,
-    "model.name": "fedsplit_nano",
-    "model.pretrained": False,
-    "cut.front": 1,
-    "rounds": 2,
-    "data.limit": 48,
-    "data.test-limit": 10,
-    "data.partition": "iid",
-    "devices.count": 3,
-    "devices.per-round": 3,
-    "local.batch-size": 8,
-    "share.quorum": 0.5,
-    "wire.parameters-up": "delta,feedback,topk",  # the devices have something to keep
-}
-
-Broken = Callable[[Config, Job, device.Pass, device.Site], Update]
+LISTED = tomllib.loads((ROOT / "simulations" / "faults.toml").read_text())["stream"]
+HONEST: faults.Honest = {}
 
 
-class Without(Loop):
-    """A fleet in which the broken client was not there in its round."""
-
-    def run(self, jobs: Sequence[Job]) -> Iterator[Update | Failure]:
-        return super().run([job for job in jobs if (job.client, job.round) != (BROKEN, ROUND)])
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights without the broken client."""
-    config = resolve({**TINY, "out": str(tmp_path_factory.mktemp("honest") / "run")})
-    return digest(experiment.run(config, Without(config)))[0]
+@pytest.mark.parametrize("name", broken.WORKS)
+def test_a_broken_device_is_left_out(name: str, tmp_path: Path) -> None:
+    """Every fault of faults.toml that a device can have, as the study runs it."""
+    assert faults.streamed(name, LISTED[name], tmp_path, HONEST) == ""
 
 
-def spoil(change: Callable[[Kind, bytes], tuple[Kind, bytes]], number: int = 3) -> Broken:
-    """A device whose packet `number` is another one."""
-
-    def work(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-        class Spoiler(device.RemoteBody):
-            sent = 0
-
-            def _send(self, kind: Kind, noise: int, payload: bytes) -> tuple[int, bytes]:
-                self.sent += 1
-                if self.sent == number:
-                    kind, payload = change(kind, payload)
-                return self.stream.exchange(kind, noise, payload)
-
-        return device.work(config, job, given, site, Spoiler)
-
-    return work
-
-
-def tensors(**named: torch.Tensor) -> bytes:
-    return pack(named)
-
-
-def die(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    def gone(kind: Kind, payload: bytes) -> tuple[Kind, bytes]:
-        raise KeyboardInterrupt
-
-    try:
-        return spoil(gone)(config, job, given, site)
-    except KeyboardInterrupt:
-        raise RuntimeError("died in mid-step") from None
-
-
-def stolen(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    """Another node has the token."""
-    return device.work(config, job, given, replace(site, state=site.state.with_name("thief")))
-
-
-def guessed(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    return device.work(config, job, replace(given, token=bytes(32)), site)
-
-
-def distrusts(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    other = site.state.with_name("other-keys")
-    certify(other, ["localhost"], 0)
-    return device.work(config, job, given, replace(site, root_certificates=other / "ca.crt"))
-
-
-def downgraded(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    return device.work(config, job, replace(given, plaintext=True), site)
-
-
-def silent(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    """It says that it is done, and never spoke with the body."""
-    good = Loop(config)
-    [update] = good.run([job])
-    assert isinstance(update, Update)
-    return replace(update, memory=b"", server=b"", notes=b"")
-
-
-def poisoned(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-    """Its steps are sound, its update is not."""
-    update = device.work(config, job, given, site)
-    return replace(update, up=update.up[:-4] + b"\x00\x00\xc0\x7f")
-
-
-FAULTS: dict[str, tuple[Broken, str]] = {
-    "dies in mid-step": (die, "died in mid-step"),
-    "NaN on the wire": (
-        spoil(lambda kind, payload: (kind, tensors(x=torch.full((8, 65, 48), torch.nan, dtype=torch.float16)))),
-        "not finite",
-    ),
-    "wrong shape": (spoil(lambda kind, payload: (kind, tensors(x=torch.zeros(8, 48)))), "not tokens"),
-    "wrong width": (spoil(lambda kind, payload: (kind, tensors(x=torch.zeros(8, 65, 40)))), "does not fit the body"),
-    "truncated frame": (spoil(lambda kind, payload: (kind, payload[:-7])), "not a frame"),
-    "no frame": (spoil(lambda kind, payload: (kind, b"\x00" * 100)), "not a frame"),
-    "nothing": (spoil(lambda kind, payload: (kind, b"")), "not tokens"),
-    "too long": (spoil(lambda kind, payload: (kind, bytes(5 << 20))), "more than the limit"),
-    "out of turn": (spoil(lambda kind, payload: (Kind.BACKWARD, payload)), "out of turn"),
-    "another shape's kind": (spoil(lambda kind, payload: (Kind.LEARN, payload)), "out of turn"),
-    "another node's token": (stolen, "refused"),
-    "a guessed token": (guessed, "refused"),
-    "a wrong certificate": (distrusts, "not trusted"),
-    "no TLS": (downgraded, "without TLS"),
-    "no session": (silent, "did not end well"),
-    "a spoilt update": (poisoned, "cannot be decoded"),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_broken_device_is_left_out(name: str, tmp_path: Path, honest: str) -> None:
-    work, reason = FAULTS[name]
-    with devices(TINY, tmp_path, packet_bytes=4 << 20) as fleet:
-        fleet.works[BROKEN, ROUND] = work
-        run = experiment.run(fleet.config, fleet)
-        assert not fleet.reception.server.sessions() or all(
-            one.state in ("done", "gone") for one in fleet.reception.server.sessions()
-        )
-    assert digest(run)[0] == honest
-    summary = json.loads((run / "summary.json").read_text())
-    failed = [row["failure"] for row in RunFolder(run).rows("clients") if reason in row["failure"]]
-    assert summary["failures"] == 1 and len(failed) == 1, (run / "clients.csv").read_text()
+def test_an_honest_device_is_not_taken_for_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study can find fault."""
+    monkeypatch.setitem(broken.WORKS, "honest", device.work)
+    assert "does not say" in faults.streamed("honest", "refused", tmp_path, HONEST)
 
 
 def test_a_network_that_breaks_changes_nothing(tmp_path: Path) -> None:
@@ -208,21 +86,6 @@ def test_a_device_that_lost_what_it_kept_says_so(tmp_path: Path) -> None:
         fleet.works[BROKEN, 2] = lost
         run = experiment.run(fleet.config, fleet)
     assert "missing or damaged" in (run / "clients.csv").read_text()
-
-
-def test_a_full_disk_is_a_failed_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: str) -> None:
-    def full(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
-        def refuse(file: Path, content: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("fedsplit.runtime.drawer.durable", refuse)
-            return device.work(config, job, given, site)
-
-    with devices(TINY, tmp_path) as fleet:
-        fleet.works[BROKEN, ROUND] = full
-        run = experiment.run(fleet.config, fleet)
-    assert digest(run)[0] == honest and "No space left on device" in (run / "clients.csv").read_text()
 
 
 def test_other_frozen_weights_are_refused(tmp_path: Path) -> None:
