@@ -63,6 +63,16 @@ def test_faults_are_held() -> None:
 
 
 @pytest.mark.slow
+def test_the_stream_to_the_body_is_measured_against_a_bare_one() -> None:
+    rows = study("link.py", "--pairs", "2")["rows"]
+    assert {(row["size"], row["tls"], row["sessions"]) for row in rows} == {
+        (size, tls, sessions) for size in ("4 KB", "1 MB", "10 MB") for tls in (False, True) for sessions in (1, 8)
+    }
+    for row in rows:
+        assert row["round_trips_per_s"] > 0 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+@pytest.mark.slow
 def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
     found = study("body_cost.py", "--plans", "1", "--repeats", "1", "--batch-size", "4")
     rows = {(row["mode"], row["plan"], row["budget"]): row for row in found["rows"]}

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from peers import LIMITS, Echo, certificates, site, until
 
-from fedsplit.runtime.stream.packet import CHUNK_BYTES, HEADER_BYTES, Kind
+from fedsplit.runtime.stream.packet import JOIN_BYTES, Kind
 from fedsplit.runtime.stream.server import StreamServer
 from fedsplit.types import FedsplitError
 
-SIZES = (0, 1, 4096, CHUNK_BYTES - HEADER_BYTES, CHUNK_BYTES - HEADER_BYTES + 1, 2 * CHUNK_BYTES, 10_000_000)
+SIZES = (0, 1, 4096, JOIN_BYTES, 1_000_000, 3_000_000, 10_000_000, 10_000_001)
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plaintext", "tls"])

@@ -13,7 +13,7 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsplit.runtime.stream.channel import METHOD, SERVICE, connect
-from fedsplit.runtime.stream.limits import Limits
+from fedsplit.runtime.stream.limits import Limits, Pace
 from fedsplit.runtime.stream.packet import Assembler, Kind, Packet, chunks
 from fedsplit.runtime.stream.ticket import prove
 from fedsplit.types import FedsplitError
@@ -152,14 +152,16 @@ class _Stream:
 
     def __init__(self, channel: Any, address: str, limits: Limits) -> None:
         self._channel, self._address = channel, address
-        self._chunk_bytes = limits.chunk_bytes
+        self._pace = Pace(limits.chunk_bytes)
         self._assembler = Assembler(limits.packet_bytes)
         self._packets: queue.SimpleQueue[Packet | None] = queue.SimpleQueue()
         self._replies = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._requests(), timeout=limits.session_s)
 
     def _requests(self) -> Iterator[bytes]:
         while (packet := self._packets.get()) is not None:
-            yield from chunks(packet, self._chunk_bytes)
+            begun_s = time.monotonic()
+            yield from chunks(packet, self._pace.chunk_bytes)
+            self._pace.sent(len(packet.payload), time.monotonic() - begun_s)
             del packet
 
     def exchange(self, packet: Packet) -> Packet:
@@ -196,6 +198,8 @@ class _Stream:
                 f"The certificate of {self._address} is not trusted: "
                 "check the root certificate, and that the address is a name in the server's certificate."
             )
+        if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in details:
+            return FedsplitError(f"{self._address} does not speak TLS: give its server a certificate.")
         if code in LOST:
             return _Lost(details)
         if code is grpc.StatusCode.UNAUTHENTICATED:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsplit.runtime.stream.packet import CHUNK_BYTES, MOST_CHUNK_BYTES
+from fedsplit.runtime.stream.packet import JOIN_BYTES, MOST_CHUNK_BYTES
 from fedsplit.types import FedsplitError
 
 LEAST_BYTES_PER_S = 16 * 1024
 """A peer in the middle of a packet is silent for as long as it is behind this rate."""
+CHUNK_S = 1.0
+FIRST_CHUNK_BYTES = 1 << 20
 OPENING_S = 10.0
 """How long a stream may take to show its token."""
 
@@ -17,14 +19,14 @@ OPENING_S = 10.0
 class Limits:
     """Limits of one end of the stream.
 
-    `sessions` may be open at once; a packet may hold `packet_bytes`; `chunk_bytes` go into a gRPC message. A peer
-    whose packet does not come for `idle_s`, or whose session lasts longer than `session_s`, is dismissed. Rates are
-    of a session; above them it waits, 0 is no limit.
+    `sessions` may be open at once; a packet may hold `packet_bytes`; at most `chunk_bytes` go into a gRPC message. A
+    peer whose packet does not come for `idle_s`, or whose session lasts longer than `session_s`, is dismissed. Rates
+    are of a session's way up; above them it waits, 0 is no limit.
     """
 
     sessions: int = 64
     packet_bytes: int = 256 << 20
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int = MOST_CHUNK_BYTES
     idle_s: float = 60.0
     session_s: float = 3600.0
     bytes_per_s: float = 0.0
@@ -54,3 +56,19 @@ class Bucket:
         self._level = min(self._burst, self._level + (now_s - self._at_s) * self._per_s) - amount
         self._at_s = now_s
         return max(0.0, -self._level / self._per_s)
+
+
+class Pace:
+    """How much goes into one gRPC message: what the network carries in a second, so that both ends see it move.
+
+    Whole payloads in one message are fastest, but a part of a message does not show at the other end.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self.chunk_bytes = min(most_bytes, FIRST_CHUNK_BYTES)
+
+    def sent(self, size: int, seconds: float) -> None:
+        """A packet of `size` bytes took so long to send; short ones say nothing."""
+        if size > JOIN_BYTES:
+            self.chunk_bytes = int(min(self._most, max(JOIN_BYTES, CHUNK_S * size / max(seconds, 1e-6))))

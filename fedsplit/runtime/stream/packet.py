@@ -1,7 +1,7 @@
 """Packets between a device and the server's body: a checked header and raw bytes. No pickle, no protobuf.
 
-`docs/link.md` has the table of the header. The payload's check is a CRC-32 of the 64-bit sums of its blocks: a
-CRC-32 of every byte cost more than the transport itself.
+`docs/link.md` has the table of the header. A long payload's check is a CRC-32 of the 64-bit sums of its blocks:
+a CRC-32 of every byte would cost as much as the transport itself.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ HEADER = struct.Struct("<4sBBHQQQI")
 HEADER_BYTES = HEADER.size + 4
 """The fields and the CRC-32 behind them."""
 BLOCK_BYTES = 4096
-CHUNK_BYTES = 1 << 20
-MOST_CHUNK_BYTES = 4 << 20
+PLAIN_BYTES = 16 << 10
+"""Longer payloads are checked by the sums of their blocks."""
+JOIN_BYTES = 64 << 10
+"""Up to this length a packet is one message; in a longer one the header goes alone, and nothing is copied."""
+MOST_CHUNK_BYTES = 16 << 20
 """The longest gRPC message that either end takes."""
 
 
@@ -65,20 +68,21 @@ def fingerprint(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def chunks(packet: Packet, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+def chunks(packet: Packet, chunk_bytes: int = MOST_CHUNK_BYTES) -> Iterator[bytes]:
     """The packet as gRPC messages of at most `chunk_bytes` bytes; the first one begins with the header."""
     payload = packet.payload
     size = len(payload)
     fields = HEADER.pack(MAGIC, VERSION, packet.kind, 0, packet.sequence, packet.value, size, packet.codecs)
     header = fields + _check(fields, payload).to_bytes(4, "little")
-    if HEADER_BYTES + size <= chunk_bytes:
+    if HEADER_BYTES + size <= min(chunk_bytes, JOIN_BYTES):
         yield header + payload
         return
-    view, at = memoryview(payload), chunk_bytes - HEADER_BYTES
-    yield b"".join((header, view[:at]))
-    while at < size:
+    yield header
+    if size <= chunk_bytes:
+        yield payload
+        return
+    for at in range(0, size, chunk_bytes):
         yield payload[at : at + chunk_bytes]
-        at += chunk_bytes
 
 
 class Assembler:
@@ -93,7 +97,7 @@ class Assembler:
         self._header: tuple[int, int, int, int] | None = None
         self._fields = b""
         self._check = self._length = self._left = 0
-        self._parts = BytesIO()
+        self._parts: BytesIO | None = None
 
     @property
     def waiting(self) -> bool:
@@ -106,18 +110,19 @@ class Assembler:
         Raises:
             FedsplitError: the bytes are no packet, are damaged, or are more than was declared or is allowed.
         """
+        part: bytes | memoryview = chunk
         if self._header is None:
             self._begin(chunk)
-            part, held = memoryview(chunk)[HEADER_BYTES:], len(chunk) - HEADER_BYTES
-        else:
-            part, held = memoryview(chunk), len(chunk)
-            if not held:
-                raise FedsplitError("Received an empty message within a packet.")
-        if held > self._left:
-            raise FedsplitError(f"Received a packet with {held - self._left} bytes more than it declares.")
-        self._left -= held
-        if held == self._length:
-            return self._whole(bytes(part))
+            part = memoryview(chunk)[HEADER_BYTES:]
+        elif not chunk:
+            raise FedsplitError("Received an empty message within a packet.")
+        if len(part) > self._left:
+            raise FedsplitError(f"Received a packet with {len(part) - self._left} bytes more than it declares.")
+        self._left -= len(part)
+        if len(part) == self._length:
+            return self._whole(bytes(part))  # no copy of a message that is all of the payload
+        if self._parts is None:
+            self._parts = BytesIO()
         self._parts.write(part)
         return self._whole(self._parts.getvalue()) if not self._left else None
 
@@ -146,24 +151,23 @@ class Assembler:
         self._fields = chunk[: HEADER.size]
         self._check = int.from_bytes(chunk[HEADER.size : HEADER_BYTES], "little")
         self._length = self._left = length
-        self._parts = BytesIO()
 
     def _whole(self, payload: bytes) -> Packet:
         assert self._header is not None
         if _check(self._fields, payload) != self._check:
             raise FedsplitError("Received a damaged packet: its check does not fit its bytes.")
         kind, sequence, value, codecs = self._header
-        self._header, self._parts = None, BytesIO()
+        self._header, self._parts = None, None
         return Packet(_KINDS[kind], sequence, value, codecs, payload, self._check)
 
 
 def _check(fields: bytes, payload: bytes) -> int:
-    """CRC-32 of the fields, then of the sums (of 64-bit words, modulo 2**64) of whole blocks, then of the rest."""
-    whole = len(payload) // BLOCK_BYTES
+    """CRC-32 of the fields, then of the payload or, where it is long, of its blocks' sums and the rest."""
     crc = zlib.crc32(fields)
-    if whole:
+    if len(payload) > PLAIN_BYTES:
+        whole = len(payload) // BLOCK_BYTES
         words = np.frombuffer(payload, "<u8", whole * (BLOCK_BYTES // 8))
-        sums = words.reshape(whole, -1).sum(axis=1, dtype=np.uint64)
+        sums = np.add.reduce(words.reshape(whole, -1), axis=1, dtype=np.uint64)
         crc = zlib.crc32(sums.astype("<u8", copy=False), crc)
         payload = payload[whole * BLOCK_BYTES :]
     return zlib.crc32(payload, crc)

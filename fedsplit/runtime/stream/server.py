@@ -20,7 +20,7 @@ import grpc
 
 from fedsplit.runtime.stream.channel import METHOD, SERVER_OPTIONS, SERVICE, credentials
 from fedsplit.runtime.stream.compute import Compute
-from fedsplit.runtime.stream.limits import OPENING_S, Limits
+from fedsplit.runtime.stream.limits import OPENING_S, Limits, Pace
 from fedsplit.runtime.stream.packet import Assembler, Kind, Packet, chunks
 from fedsplit.runtime.stream.session import Figures, Handler, Pending, Session, State
 from fedsplit.runtime.stream.ticket import CHALLENGE_BYTES, PROOF_BYTES, TOKEN_BYTES, Ticket, proves
@@ -64,7 +64,7 @@ class StreamServer:
         self._listen, self._limits, self._tls = listen, limits, tls
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
-        self._past: deque[Session] = deque(maxlen=limits.sessions)
+        self._past: deque[Figures] = deque(maxlen=limits.sessions)
         self._streams: set[_Stream] = set()
         self._compute = Compute()
         self._stopped = threading.Event()
@@ -136,7 +136,7 @@ class StreamServer:
         """All sessions, and the last ones that have ended."""
         with self._lock:
             now_s = time.monotonic()
-            return [session.figures(now_s) for session in (*self._past, *self._sessions.values())]
+            return [*self._past, *(session.figures(now_s) for session in self._sessions.values())]
 
     def stop(self) -> None:
         """End all streams and sessions; handlers that nobody fetched are closed before it returns."""
@@ -214,7 +214,7 @@ class StreamServer:
 
     def _converse(self, session: Session, stream: _Stream, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Packets in, replies out, one at a time, until the peer or the session ends."""
-        assembler = Assembler(self._limits.packet_bytes)
+        assembler, pace = Assembler(self._limits.packet_bytes), Pace(self._limits.chunk_bytes)
         for chunk in requests:
             now_s = time.monotonic()
             packet = assembler.add(chunk)
@@ -231,23 +231,25 @@ class StreamServer:
             del packet
             if new:
                 self._compute.put(lambda pending=pending: self._handle(session, pending))  # type: ignore[misc]
-            while not pending.done.wait(0.5):
+            while not pending.wait(0.5):
                 if stream.ended.is_set():
                     return
-            assert pending.reply is not None
-            for part in chunks(pending.reply, self._limits.chunk_bytes):
+            reply, begun_s = pending.reply, time.monotonic()
+            assert reply is not None
+            for part in chunks(reply, pace.chunk_bytes):
                 yield part
                 with self._lock:
                     session.progress(0, len(part), time.monotonic())
-            if pending.reply.kind is Kind.ERROR or session.is_done:
+            pace.sent(len(reply.payload), time.monotonic() - begun_s)
+            if reply.kind is Kind.ERROR or session.is_done:
                 return
 
     # In the compute thread
 
     def _handle(self, session: Session, pending: Pending) -> None:
-        if pending.done.is_set():
-            return  # the session has gone meanwhile
         packet, begun_s = pending.packet, time.monotonic()
+        if packet is None:
+            return  # the session has gone meanwhile
         try:
             if session.handler is None:
                 session.handler = session.make()
@@ -286,7 +288,7 @@ class StreamServer:
         told = session.last is not None and session.last.reply is not None and session.last.reply.kind is Kind.ERROR
         stream = session.end(reason)
         if self._sessions.pop(_place(session.ticket.token), None) is not None:
-            self._past.append(session)
+            self._past.append(session.figures(time.monotonic()))
         if isinstance(stream, _Stream) and not told:
             stream.context.cancel()
         self._compute.put(lambda: self._close(session))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -63,19 +63,33 @@ class Figures:
     last_error: str
 
 
-@dataclass(eq=False)
 class Pending:
-    """A packet that is to be, or was, handled, and its reply once `done` is set."""
+    """A packet that is to be, or was, handled; its reply, and a gate that opens with it."""
 
-    packet: Packet
-    reply: Packet | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, packet: Packet) -> None:
+        self.packet: Packet | None = packet
+        self.reply: Packet | None = None
+        self.kind, self.sequence = packet.kind, packet.sequence
+        self._like = (packet.kind, packet.value, packet.check)
+        self._gate = threading.Lock()
+        self._gate.acquire()
 
     def answer(self, reply: Packet) -> None:
-        """Keep the reply, the first one only, and wake who waits."""
+        """Keep the reply, the first one only, forget the packet, and wake who waits."""
         if self.reply is None:
-            self.reply = reply
-            self.done.set()
+            self.reply, self.packet = reply, None
+            self._gate.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the reply is there, after at most so many seconds."""
+        if not self._gate.acquire(timeout=seconds):
+            return False
+        self._gate.release()
+        return True
+
+    def like(self, packet: Packet) -> bool:
+        """Whether `packet` is this one again."""
+        return self._like == (packet.kind, packet.value, packet.check)
 
 
 class Session:
@@ -103,7 +117,7 @@ class Session:
     @property
     def sequence(self) -> int:
         """The number of the last packet that was taken; 0 before the first."""
-        return self.last.packet.sequence if self.last else 0
+        return self.last.sequence if self.last else 0
 
     @property
     def busy(self) -> bool:
@@ -156,7 +170,7 @@ class Session:
         if packet.kind is not Kind.DONE and packet.kind not in WORK:
             raise FedsplitError(f"A packet of kind {packet.kind.name} does not belong here.")
         if self.last is not None and packet.sequence == self.sequence:
-            if not _same(packet, self.last.packet):
+            if not self.last.like(packet):
                 raise FedsplitError(f"Packet {packet.sequence} came twice, and is not the same.")
             return self.last, False
         if packet.sequence != self.sequence + 1 or self.busy or self.state is State.DONE:
@@ -178,10 +192,9 @@ class Session:
         self._heard_s = now_s
         if self.state is State.GONE:
             return False
-        if pending.packet.kind is Kind.DONE:
+        if pending.kind is Kind.DONE:
             self.state = State.DONE
         self._replied_s.append(now_s)
-        pending.packet = replace(pending.packet, payload=b"")
         pending.answer(reply)
         return True
 
@@ -228,7 +241,3 @@ class Session:
             self.server_s,
             self.last_error,
         )
-
-
-def _same(one: Packet, other: Packet) -> bool:
-    return (one.kind, one.value, one.check) == (other.kind, other.value, other.check)
