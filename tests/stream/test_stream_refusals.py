@@ -111,6 +111,8 @@ def test_a_wrong_certificate_is_one_sentence() -> None:
             with pytest.raises(FedsplitError, match="certificate") as caught:
                 here.client(ticket, key, **others).exchange(Kind.FORWARD, 0, b"x")
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+        with pytest.raises(FedsplitError, match="not readable"):
+            here.client(ticket, key, root_certificates=b"nonsense").exchange(Kind.FORWARD, 0, b"x")
         with pytest.raises(FedsplitError, match="No connection"):
             here.client(ticket, key, root_certificates="plaintext", patience_s=0.3).exchange(Kind.FORWARD, 0, b"")
     with site() as here, pytest.raises(FedsplitError, match="does not speak TLS"):

@@ -58,8 +58,17 @@ def credentials(tls: tuple[bytes, bytes]) -> Any:
 
 
 def connect(address: str, root_certificates: bytes | Literal["plaintext"] | None, name_override: str) -> Any:
-    """A channel; nothing is sent before it is used."""
+    """A channel; nothing is sent before it is used.
+
+    Raises:
+        FedsplitError: the root certificates are unreadable.
+    """
     if root_certificates == "plaintext":
         return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+    try:
+        x509.load_pem_x509_certificates(root_certificates or b"")
+    except ValueError:
+        if root_certificates is not None:
+            raise FedsplitError("The root certificates are not readable: give PEM.") from None
     options = [*CLIENT_OPTIONS, *([("grpc.ssl_target_name_override", name_override)] if name_override else [])]
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates), options=options)

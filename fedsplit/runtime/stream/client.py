@@ -30,7 +30,7 @@ LOST = (
     grpc.StatusCode.UNKNOWN,
 )
 """What a connection ends with that may be tried again."""
-CERTIFICATE = ("CERTIFICATE_VERIFY_FAILED", "certificate", "Hostname Verification")
+CERTIFICATE = ("CERTIFICATE_VERIFY_FAILED", "BAD_SIGNATURE", "certificate signature", "Hostname Verification")
 
 
 class _Lost(Exception):
@@ -193,13 +193,13 @@ class _Stream:
     def _reason(self, error: Any) -> Exception:
         """A refusal as `FedsplitError`, anything else as a lost connection."""
         code, details = error.code(), " ".join(str(error.details()).split())
+        if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in details:
+            return FedsplitError(f"{self._address} does not speak TLS: give its server a certificate.")
         if code is grpc.StatusCode.UNAVAILABLE and any(word in details for word in CERTIFICATE):
             return FedsplitError(
                 f"The certificate of {self._address} is not trusted: "
-                "check the root certificate, and that the address is a name in the server's certificate."
+                "check the root certificate, this clock, and that the address is a name in the server's certificate."
             )
-        if code is grpc.StatusCode.UNAVAILABLE and "WRONG_VERSION_NUMBER" in details:
-            return FedsplitError(f"{self._address} does not speak TLS: give its server a certificate.")
         if code in LOST:
             return _Lost(details)
         if code is grpc.StatusCode.UNAUTHENTICATED:
