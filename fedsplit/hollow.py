@@ -18,13 +18,21 @@ from fedsplit.wire.frame import frame_length, unpack
 from fedsplit.wire.link import Link
 from fedsplit.world import Indices
 
+# What changes values alone: most of an optimiser's step, and torch works out the shapes of each in Python.
+IN_PLACE = frozenset({Tensor.add_, Tensor.addcdiv_, Tensor.addcmul_, Tensor.lerp_, Tensor.mul_})
+
 
 class Hollow(TorchFunctionMode):
-    """Inside, values read out of meta tensors are zeros, and attention keeps what the CPU's fused kernel keeps."""
+    """Inside, values read out of meta tensors are zeros, and attention keeps what the CPU's fused kernel keeps.
+
+    Where no graph is recorded, changes in place are left out.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if function in IN_PLACE and not torch.is_grad_enabled():
+                return args[0]
             if function is Tensor.item:
                 return 0.0
             if function is Tensor.cpu:
