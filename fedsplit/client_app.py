@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.client import client_round
 from fedsplit.runtime import faults
-from fedsplit.runtime.flower_ray import ACTION, read_job, write_update
+from fedsplit.runtime.flower_ray import ACTION, LEAST_TIMEOUT_S, read_job, write_update
 from fedsplit.world import world
 
 app = ClientApp()
@@ -18,13 +18,15 @@ def train(message: Message, context: Context) -> Message:
     """Do the job that the message holds: with a body in this process, or, on a real device, with the server's."""
     config, job = read_job(message.content)
     injected = faults.parse(config.engine.faults)
-    faults.before(injected, job, disposable=True)
     if "stream" in message.content:
         from fedsplit.runtime import device
 
+        device.end_after(max(config.engine.timeout_s, LEAST_TIMEOUT_S))
+        faults.before(injected, job, disposable=True)
         given = device.Pass(**dict(message.content["stream"]))  # type: ignore[arg-type]
         update = device.work(config, job, given, device.Site.read(context.node_config))
     else:
+        faults.before(injected, job, disposable=True)
         update = client_round(world(config), job)
     return Message(write_update(faults.after(injected, job, update)), reply_to=message)
 

@@ -21,19 +21,22 @@ Work = Callable[[Config, Job, device.Pass, device.Site], Update]
 class Devices:
     """A runner: one device after another, as Flower's messages would have them work.
 
-    `works` stand in for the honest `device.work` of a (client, round).
+    `works` stand in for the honest `device.work` of a (client, round). With `own_data` each reads its pictures
+    from a folder of its own, and else takes its shard of the run's source.
     """
 
     config: Config
     reception: Reception
     folder: Path
     works: dict[tuple[int, int], Work] = field(default_factory=dict)
+    own_data: bool = False
 
     def site(self, client: int) -> device.Site:
         """The device that a client is."""
         count = self.config.devices.count
         roots, part = self.folder / "keys" / "ca.crt", self.folder / "half.safetensors"
-        return device.Site(client, count, self.folder / f"device-{client}", part, None, roots, "", False)
+        data = self.folder / f"data-{client}" if self.own_data else None
+        return device.Site(client, count, self.folder / f"device-{client}", part, data, roots, "", False)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Update | Failure]:
         """One result per job, in order."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from alike import BODY, VALUES, assert_alike, in_process
-from streamed import streamed
+from alike import BODY, ROOT, VALUES, assert_alike, in_process
+from PIL import Image
 
+sys.path.append(str(ROOT / "simulations"))
+
+from drills.streamed import devices, streamed
+
+from fedsplit import experiment
 from fedsplit.config import resolve
 from fedsplit.types import Scalar
+from fedsplit.world import world
 
 SMALL: dict[str, Scalar] = {
     **VALUES,
@@ -42,3 +54,24 @@ def test_over_the_stream_is_as_in_process(name: str, tmp_path: Path) -> None:
     values = {**SMALL, **CONFIGS[name]}
     in_process(resolve(values), tmp_path / "here")
     assert_alike([tmp_path / "here", streamed(values, tmp_path)])
+
+
+def test_devices_with_pictures_of_their_own(tmp_path: Path) -> None:
+    """What the server would have dealt to a device, in a train.parquet that only the device has."""
+    config = resolve(SMALL)
+    in_process(config, tmp_path / "here")
+    built = world(config)
+    with devices(SMALL, tmp_path) as fleet:
+        fleet.own_data = True
+        for client, shard in enumerate(built.shards):
+            images = [{"bytes": _png(pixels)} for pixels in built.data.train.pixels[shard]]
+            table = pa.table({"image": images, "label": built.data.train.labels[shard]})
+            (tmp_path / f"data-{client}").mkdir()
+            pq.write_table(table, tmp_path / f"data-{client}" / "train.parquet")
+        assert_alike([tmp_path / "here", experiment.run(fleet.config, fleet)])
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()

@@ -64,6 +64,7 @@ class StreamServer:
         self._listen, self._limits, self._tls = listen, limits, tls
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
+        self._reasons: dict[bytes, str] = {}  # of sessions that ended by themselves, until they are dismissed
         self._past: deque[Figures] = deque(maxlen=limits.sessions)
         self._streams: set[_Stream] = set()
         self._compute = Compute()
@@ -114,6 +115,7 @@ class StreamServer:
         with self._lock:
             if session := self._sessions.get(_place(token)):
                 self._end(session, "")
+            self._reasons.pop(_place(token), None)
 
     def finished(self, token: bytes) -> Handler | None:
         """The handler of a session that said DONE, handed out once."""
@@ -125,12 +127,9 @@ class StreamServer:
             return handler
 
     def lost(self, token: bytes) -> str:
-        """Why the session with this token is over without DONE; empty while it is not."""
+        """Why the session with this token has ended, if it has; empty once it is dismissed."""
         with self._lock:
-            if _place(token) in self._sessions:
-                return ""
-            ended = [one.last_error for one in self._past if _place(one.ticket.token) == _place(token)]
-            return (ended[-1] if ended else "") or "It is over."
+            return self._reasons.get(_place(token), "")
 
     def sessions(self) -> list[Figures]:
         """All sessions, and the last ones that have ended."""
@@ -289,6 +288,7 @@ class StreamServer:
         stream = session.end(reason)
         if self._sessions.pop(_place(session.ticket.token), None) is not None:
             self._past.append(session.figures(time.monotonic()))
+            self._reasons[_place(session.ticket.token)] = session.last_error or "It is over."
         if isinstance(stream, _Stream) and not told:
             stream.context.cancel()
         self._compute.put(lambda: self._close(session))
