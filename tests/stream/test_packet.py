@@ -43,7 +43,7 @@ def flat(packet: Packet) -> bytes:
     return b"".join(chunks(packet))
 
 
-@pytest.mark.parametrize("size", [0, 1, PLAIN_BYTES, PLAIN_BYTES + 1, JOIN_BYTES, 200_000, MOST])
+@pytest.mark.parametrize("size", [0, 1, PLAIN_BYTES, PLAIN_BYTES + 1, 200_000, JOIN_BYTES - HEADER_BYTES, MOST])
 @pytest.mark.parametrize("chunk_bytes", [1024, 65536, 1 << 24])
 def test_what_is_cut_is_put_together(size: int, chunk_bytes: int) -> None:
     first = Packet(Kind.LEARN, 2**64 - 1, 2**64 - 1, 2**32 - 1, random.Random(size).randbytes(size))
@@ -96,7 +96,7 @@ def test_what_is_wrong_is_named(name: str) -> None:
 
 
 def test_an_empty_message_within_a_packet_is_refused() -> None:
-    parts = list(chunks(Packet(Kind.FORWARD, payload=bytes(JOIN_BYTES + 1))))
+    parts = list(chunks(Packet(Kind.FORWARD, payload=bytes(2000)), 1024))
     assert len(parts[0]) == HEADER_BYTES
     with pytest.raises(FedsplitError, match="empty"):
         assemble([parts[0], b""])
@@ -119,7 +119,8 @@ def test_blocks_that_changed_places_are_found() -> None:
 
 
 def test_a_declared_length_takes_no_memory() -> None:
-    header = next(iter(chunks(Packet(Kind.FORWARD, payload=bytes(MOST)))))
+    header = next(iter(chunks(Packet(Kind.FORWARD, payload=bytes(MOST)), 1024)))
+    assert len(header) == HEADER_BYTES
     tracemalloc.start()
     try:
         one, other = Assembler(MOST), Assembler(MOST - 1)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from peers import Echo
 
-from fedsplit.runtime.stream.limits import JOIN_BYTES, LEAST_BYTES_PER_S, Bucket, Limits, Pace
-from fedsplit.runtime.stream.packet import Kind, Packet
+from fedsplit.runtime.stream.limits import LEAST_BYTES_PER_S, Bucket, Limits, Pace
+from fedsplit.runtime.stream.packet import LEAST_CHUNK_BYTES, Kind, Packet
 from fedsplit.runtime.stream.session import Pending, Session, State
 from fedsplit.runtime.stream.ticket import Ticket
 from fedsplit.types import FedsplitError
@@ -62,7 +62,7 @@ def test_messages_are_as_long_as_a_second_of_the_network() -> None:
     pace.sent(1_000_000, 4.0)
     assert pace.chunk_bytes == 250_000
     pace.sent(1_000_000, 400.0)
-    assert pace.chunk_bytes == JOIN_BYTES
+    assert pace.chunk_bytes == LEAST_CHUNK_BYTES
     pace.sent(1_000_000, 0.001)
     assert pace.chunk_bytes == 16 << 20
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from peers import LIMITS, Echo, certificates, site, until
 
-from fedsplit.runtime.stream.packet import JOIN_BYTES, Kind
+from fedsplit.runtime.stream.packet import HEADER_BYTES, JOIN_BYTES, Kind
 from fedsplit.runtime.stream.server import StreamServer
 from fedsplit.types import FedsplitError
 
-SIZES = (0, 1, 4096, JOIN_BYTES, 1_000_000, 3_000_000, 10_000_000, 10_000_001)
+SIZES = (0, 1, 4096, JOIN_BYTES - HEADER_BYTES, JOIN_BYTES, 3_000_000, 10_000_000, 10_000_001)
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plaintext", "tls"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsplit.runtime.stream.packet import JOIN_BYTES, MOST_CHUNK_BYTES
+from fedsplit.runtime.stream.packet import LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES
 from fedsplit.types import FedsplitError
 
 LEAST_BYTES_PER_S = 16 * 1024
@@ -70,5 +70,5 @@ class Pace:
 
     def sent(self, size: int, seconds: float) -> None:
         """A packet of `size` bytes took so long to send; short ones say nothing."""
-        if size > JOIN_BYTES:
-            self.chunk_bytes = int(min(self._most, max(JOIN_BYTES, CHUNK_S * size / max(seconds, 1e-6))))
+        if size > LEAST_CHUNK_BYTES:
+            self.chunk_bytes = int(min(self._most, max(LEAST_CHUNK_BYTES, CHUNK_S * size / max(seconds, 1e-6))))

@@ -25,8 +25,9 @@ HEADER_BYTES = HEADER.size + 4
 BLOCK_BYTES = 4096
 PLAIN_BYTES = 16 << 10
 """Longer payloads are checked by the sums of their blocks."""
-JOIN_BYTES = 64 << 10
-"""Up to this length a packet is one message; in a longer one the header goes alone, and nothing is copied."""
+JOIN_BYTES = 1 << 20
+"""Up to this length a packet is one message. In a longer one the header goes alone, and the payload is not copied."""
+LEAST_CHUNK_BYTES = 64 << 10
 MOST_CHUNK_BYTES = 16 << 20
 """The longest gRPC message that either end takes."""
 
