@@ -213,9 +213,10 @@ def test_a_clock_before_the_installation_is_wrong(monkeypatch: pytest.MonkeyPatc
     assert found.level == "error" and "no certificate" in found.found
 
 
-def test_options_of_a_device_need_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--set", "seed=1"]) == 2
-    assert "--device" in capsys.readouterr().err
+def test_options_of_a_device_need_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("--set=seed=1", "--superlink=localhost:1", "--root-certificates=ca.crt"):
+        assert main(["doctor", wrong]) == 2
+        assert "--device" in capsys.readouterr().err
 
 
 def test_checks_of_other_groups_still_count() -> None:

@@ -244,9 +244,9 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.device:
         return device.run(options)
     if options.config or options.set or options.out:
-        raise FedsplitError(
-            "doctor takes --config and --set only with --calibrate or --device, --out with --calibrate."
-        )
+        raise FedsplitError("doctor takes --config and --set with --calibrate or --device, --out with --calibrate.")
+    if options.superlink or options.root_certificates:
+        raise FedsplitError("doctor takes --superlink and --root-certificates with --device; add it.")
     found = doctor.checks()
     print(doctor.as_json(found) if options.json else doctor.report(found))
     return 1 if any(check.level == "error" for check in found) else 0

@@ -122,6 +122,7 @@ _INSTALL = """\
 #   sudo ./install.sh [--python PROGRAM]                         under @PREFIX@, with a systemd unit
 #   ./install.sh --no-service --prefix DIR [--python PROGRAM]    into DIR alone, without root
 set -eu
+umask 022  # another user runs what root installs
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 prefix=@PREFIX@
 python=python@MAJOR@.@MINOR@
@@ -171,8 +172,9 @@ echo "[2/4] installing under $prefix (minutes on a small device)"
 mkdir -p "$prefix"
 "$python" -m venv --clear --without-pip "$prefix/venv"
 set -- "$here"/wheels/pip-*.whl
-"$prefix/venv/bin/python" "$1/pip" install --quiet --no-cache-dir --no-index --disable-pip-version-check \\
-  --root-user-action=ignore --find-links "$here/wheels" pip @REQUIREMENT@
+# Neither variables nor files of this system may name other places for wheels.
+PIP_CONFIG_FILE=/dev/null "$prefix/venv/bin/python" "$1/pip" --isolated install --quiet --no-cache-dir --no-index \\
+  --disable-pip-version-check --root-user-action=ignore --find-links "$here/wheels" pip @REQUIREMENT@
 
 echo "[3/4] config, weights and keys"
 state=$prefix/state
