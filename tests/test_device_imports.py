@@ -15,7 +15,7 @@ ABSENT = (
     *("seaborn", "sklearn", "torchmetrics"),
 )
 MODULES = ("client", "client_app", "cli.main", "doctor.device", "runtime.flower_ray", "step", "wire.link", "world")
-LATER = ("runtime.half", "runtime.stream")
+LATER = ("runtime.device", "runtime.half", "runtime.stream")
 
 # What is refused looks as if it were not installed, to `import` and to `importlib.util.find_spec`.
 REFUSED = """
