@@ -26,8 +26,8 @@ LIVE: dict[str, Scalar] = {
     "model.dropout": 0.1,
     "share.quorum": 0.0,
     "wire.parameters-up": "delta,feedback,topk",  # the devices have something to keep
-    "link.idle-s": 8.0,
-    "engine.timeout-s": 60.0,
+    "link.idle-s": 20.0,
+    "engine.timeout-s": 300.0,  # a busy machine takes long to start its processes
 }
 
 Fault = Callable[[LocalNet, dict[str, Scalar]], str]
@@ -88,7 +88,7 @@ def superlink_killed(net: LocalNet, values: dict[str, Scalar]) -> str:
 
 def straggler(net: LocalNet, values: dict[str, Scalar]) -> str:
     """A client that hangs for ever in round 1."""
-    return _completed(net, net.submit({**values, "engine.faults": f"hang:{VICTIM}@1"}))
+    return _completed(net, net.submit({**values, "engine.timeout-s": 60.0, "engine.faults": f"hang:{VICTIM}@1"}))
 
 
 FAULTS: dict[str, Fault] = {
