@@ -33,6 +33,7 @@ from fedsplit.types import FedsplitError, Scalar
 
 CONNECTION = "local"
 ENDED = "finished:"
+ASK_S = 20.0
 
 
 @dataclass
@@ -125,12 +126,19 @@ class LocalNet:
         Raises:
             FedsplitError: it took more than `timeout_s` seconds.
         """
-        deadline = time.monotonic() + timeout_s
-        while not (status := self.status(run_id)).startswith(ENDED):
-            if time.monotonic() > deadline:
+        begun = asked = time.monotonic()
+        seen, status = False, ""
+        while not status.startswith(ENDED):
+            now = time.monotonic()
+            if now - begun > timeout_s:
                 raise FedsplitError(f"The run took more than {timeout_s:g} s.\n{self.run_log(run_id)[-2000:]}")
             watch()
-            time.sleep(2.0)  # every look starts a process of Flower
+            time.sleep(0.3)
+            # To ask starts a process of Flower's: only where the ServerApp is gone, or has never been seen.
+            here = bool(self.find("flwr-serverapp", "superlink"))
+            if (seen and not here) or now - asked > ASK_S:
+                status, asked = self.status(run_id), time.monotonic()
+            seen = seen or here
         return status
 
     def stop(self, run_id: str) -> None:
