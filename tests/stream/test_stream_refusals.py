@@ -16,7 +16,7 @@ from fedsplit.runtime.stream.channel import METHOD, SERVICE
 from fedsplit.runtime.stream.limits import Limits
 from fedsplit.runtime.stream.packet import Assembler, Kind, Packet, chunks
 from fedsplit.runtime.stream.server import SPARE
-from fedsplit.runtime.stream.ticket import Ticket, prove
+from fedsplit.runtime.stream.ticket import Ticket, prove, proves
 from fedsplit.types import FedsplitError
 
 
@@ -78,6 +78,17 @@ def test_a_token_opens_for_its_own_node_in_time_only() -> None:
         assert len(said) == 1  # nothing tells one reason from another
         assert here.handlers == []
         assert here.client(ticket, key).exchange(Kind.FORWARD, 0, b"x") == (1, b"x")
+
+
+def test_a_proof_is_of_one_token_one_key_one_challenge_and_a_time() -> None:
+    key, challenge = Ed25519PrivateKey.generate(), bytes(32)
+    ticket = Ticket(b"t" * 32, 1, 2, 3, key.public_key().public_bytes_raw(), expires_s=10.0)
+    assert proves(prove(ticket.token, key, challenge), ticket, challenge, 9.9)
+    assert not proves(prove(ticket.token, key, challenge), ticket, challenge, 10.0)
+    assert not proves(prove(b"u" * 32, key, challenge), ticket, challenge, 0.0)
+    assert not proves(prove(ticket.token, key, b"c" * 32), ticket, challenge, 0.0)
+    assert not proves(prove(ticket.token, Ed25519PrivateKey.generate(), challenge), ticket, challenge, 0.0)
+    assert not proves(b"", ticket, challenge, 0.0)
 
 
 def test_an_old_proof_is_of_no_use() -> None:

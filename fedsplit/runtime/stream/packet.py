@@ -25,7 +25,7 @@ HEADER_BYTES = HEADER.size + 4
 BLOCK_BYTES = 4096
 PLAIN_BYTES = 16 << 10
 """Longer payloads are checked by the sums of their blocks."""
-JOIN_BYTES = 1 << 20
+JOIN_BYTES = 512 << 10
 """Up to this length a packet is one message. In a longer one the header goes alone, and the payload is not copied."""
 LEAST_CHUNK_BYTES = 64 << 10
 MOST_CHUNK_BYTES = 16 << 20
