@@ -111,7 +111,7 @@ def same(one: Ran, other: Ran) -> bool:
 
 def kept(ran: Ran) -> Store:
     assert ran.built.cache is not None
-    return ran.built.cache._kept()
+    return ran.built.cache.store()
 
 
 @pytest.mark.parametrize(

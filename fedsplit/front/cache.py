@@ -62,7 +62,7 @@ class FrontCache:
             raise RuntimeError("a frozen parameter of the front has changed: its kept outputs are not true any more")
         if not self.sound:
             return self._run(self._pixels(indices))
-        kept = self._kept()
+        kept = self.store()
         out, found = kept.get(indices)
         if not found.all():
             new = self._run(self._pixels(indices[~found]))
@@ -82,7 +82,7 @@ class FrontCache:
     @property
     def sample_bytes(self) -> int:
         """What one sample's tokens take, in bytes."""
-        return FLOAT_BYTES * math.prod(self._shape)
+        return FLOAT_BYTES * math.prod(self.shape)
 
     @property
     def sound(self) -> bool:
@@ -90,7 +90,13 @@ class FrontCache:
         return self._tried[0]
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def samples(self) -> int:
+        """How many training samples there are."""
+        return len(self._images)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (N, C) of a sample's tokens."""
         return self._tried[1]
 
     @cached_property
@@ -108,13 +114,14 @@ class FrontCache:
             log.warning("a sample's front output depends on its batch on this machine: front.cache keeps nothing.")
         return same, tuple(alone.shape[1:])
 
-    def _kept(self) -> Store:
+    def store(self) -> Store:
+        """Where this process keeps what it computed."""
         # A forked child must not write into its parent's file.
         if self._store is None or self._owner != os.getpid():
             ranks = _ranks(self.key, len(self._images))
             limits = self.config.front
             disk = limits.cache_disk_bytes
-            self._store = Store(ranks, self._shape, limits.cache_memory_bytes, disk, self.config.data.cache)
+            self._store = Store(ranks, self.shape, limits.cache_memory_bytes, disk, self.config.data.cache)
             self._owner = os.getpid()
         return self._store
 

@@ -6,10 +6,12 @@ folder (`state` of its node config) holds its key and what it keeps (`fedsplit.r
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from fedsplit.client import device_round
 from fedsplit.config import Config
 from fedsplit.data.sources import own_pictures
 from fedsplit.front.models import input_size
-from fedsplit.runtime import half
+from fedsplit.runtime import half, kept
 from fedsplit.runtime.drawer import Drawer
 from fedsplit.runtime.stream.client import StreamClient
 from fedsplit.runtime.stream.limits import Limits
@@ -33,6 +35,7 @@ from fedsplit.types import FedsplitError, Job, Update
 from fedsplit.wire.codec import Codecs
 from fedsplit.world import World, halved, steered, world
 
+log = logging.getLogger(__name__)
 NODE_KEYS = ("partition-id", "num-partitions", "state", "half", "data", "root-certificates", "cache", "plaintext")
 
 
@@ -208,11 +211,28 @@ def work(
         raise FedsplitError("The device's frozen weights are not the server's; give it its half anew: fedsplit bundle.")
     stream = given.stream(site, config, steered(built, job.choices).codecs)
     try:
-        update = device_round(built, job, body(stream), personal.watches(built)[0])
+        with _outputs(built, site, job.client):
+            update = device_round(built, job, body(stream), personal.watches(built)[0])
         stream.done()
     finally:
         stream.close()
     return replace(update, memory=drawer.write(update.memory))
+
+
+@contextmanager
+def _outputs(built: World, site: Site, client: int) -> Iterator[None]:
+    """The kept outputs of a frozen front, if it is one, from the device's disk and back onto it."""
+    if built.cache is None:
+        yield
+        return
+    own = (site.data / "train.parquet").stat() if site.data else None
+    file = kept.file_for(site.state, built, client, *((own.st_mtime_ns, own.st_size) if own else ()))
+    before = kept.load(built.cache, file)
+    yield
+    try:
+        kept.save(built.cache, file, before)
+    except OSError as error:
+        log.warning("cannot keep front outputs on disk (%s): they are computed again next time.", error.strerror)
 
 
 def end_after(seconds: float) -> None:

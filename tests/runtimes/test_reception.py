@@ -19,8 +19,10 @@ sys.path.append(str(ROOT / "simulations"))
 from drills.streamed import devices, streamed
 
 from fedsplit import experiment
-from fedsplit.config import resolve
-from fedsplit.types import Scalar
+from fedsplit.config import Config, resolve
+from fedsplit.front.cache import FrontCache
+from fedsplit.runtime import device, kept
+from fedsplit.types import Job, Scalar, Update
 from fedsplit.world import world
 
 SMALL: dict[str, Scalar] = {
@@ -69,6 +71,32 @@ def test_devices_with_pictures_of_their_own(tmp_path: Path) -> None:
             (tmp_path / f"data-{client}").mkdir()
             pq.write_table(table, tmp_path / f"data-{client}" / "train.parquet")
         assert_alike([tmp_path / "here", experiment.run(fleet.config, fleet)])
+
+
+def test_a_devices_front_outputs_stay_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message has a process of its own, which finds what an earlier one computed, but for a damaged row."""
+    values = {**SMALL, "train": "tail", "cut.tail": 0, "model.dropout": 0.0, "rounds": 3}
+    in_process(resolve(values), tmp_path / "here")
+    found: dict[int, list[int]] = {0: [], 1: []}
+    load = kept.load
+
+    def noted(cache: FrontCache, file: Path) -> int:
+        found[int(file.parent.name)].append(count := load(cache, file))
+        return count
+
+    def spoil(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+        [file] = (site.state / "outputs").rglob("*.npy")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 255
+        file.write_bytes(content)
+        return device.work(config, job, given, site)
+
+    monkeypatch.setattr(kept, "load", noted)
+    with devices(values, tmp_path) as fleet:
+        fleet.works[1, 3] = spoil
+        assert_alike([tmp_path / "here", experiment.run(fleet.config, fleet)])
+    sizes = [len(shard) for shard in world(resolve(values)).shards]
+    assert found == {0: [0, sizes[0], sizes[0]], 1: [0, sizes[1], sizes[1] - 1]}
 
 
 def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
