@@ -6,7 +6,6 @@ for streams that have not shown a token yet; what comes on top is refused at onc
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import threading
@@ -23,7 +22,8 @@ from fedsplit.runtime.stream.compute import Compute
 from fedsplit.runtime.stream.limits import OPENING_S, Limits, Pace
 from fedsplit.runtime.stream.packet import Assembler, Kind, Packet, chunks
 from fedsplit.runtime.stream.session import Figures, Handler, Pending, Session, State
-from fedsplit.runtime.stream.ticket import CHALLENGE_BYTES, PROOF_BYTES, TOKEN_BYTES, Ticket, proves
+from fedsplit.runtime.stream.streams import Refused, Stream, first, one_line, place
+from fedsplit.runtime.stream.ticket import CHALLENGE_BYTES, TOKEN_BYTES, Ticket, proves
 from fedsplit.types import FedsplitError
 
 __all__ = ["Figures", "Handler", "Limits", "StreamServer", "Ticket"]
@@ -32,23 +32,6 @@ SPARE = 8
 """Streams that may be without an authorised session: they are being opened, or were replaced."""
 NO_ENTRY = "This token does not open a session here."
 log = logging.getLogger(__name__)
-
-
-class _Refused(Exception):
-    """A stream is to end with a status."""
-
-    def __init__(self, code: Any, line: str) -> None:
-        super().__init__(line)
-        self.code, self.line = code, line
-
-
-class _Stream:
-    """One gRPC stream: its context, whether it has ended, and until when it may go without a session."""
-
-    def __init__(self, context: Any, until_s: float) -> None:
-        self.context, self.until_s = context, until_s
-        self.ended = threading.Event()
-        self.session: Session | None = None
 
 
 class StreamServer:
@@ -66,7 +49,7 @@ class StreamServer:
         self._sessions: dict[bytes, Session] = {}
         self._reasons: dict[bytes, str] = {}  # of sessions that ended by themselves, until they are dismissed
         self._past: deque[Figures] = deque(maxlen=limits.sessions)
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._compute = Compute()
         self._stopped = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="fedsplit-watchdog", daemon=True)
@@ -105,22 +88,22 @@ class StreamServer:
         if len(ticket.token) != TOKEN_BYTES:
             raise FedsplitError(f"A token has {TOKEN_BYTES} bytes, not {len(ticket.token)}.")
         with self._lock:
-            if _place(ticket.token) in self._sessions:
+            if place(ticket.token) in self._sessions:
                 raise FedsplitError("This token is in use: draw a new one for every session.")
             session = Session(ticket, make, codecs, self._limits, time.monotonic())
-            self._sessions[_place(ticket.token)] = session
+            self._sessions[place(ticket.token)] = session
 
     def dismiss(self, token: bytes) -> None:
         """Token and session are void; their handler is closed in the compute thread."""
         with self._lock:
-            if session := self._sessions.get(_place(token)):
+            if session := self._sessions.get(place(token)):
                 self._end(session, "")
-            self._reasons.pop(_place(token), None)
+            self._reasons.pop(place(token), None)
 
     def finished(self, token: bytes) -> Handler | None:
         """The handler of a session that said DONE, handed out once."""
         with self._lock:
-            session = self._sessions.get(_place(token))
+            session = self._sessions.get(place(token))
             if session is None or session.state is not State.DONE:
                 return None
             handler, session.handler = session.handler, None
@@ -129,7 +112,7 @@ class StreamServer:
     def lost(self, token: bytes) -> str:
         """Why the session with this token has ended, if it has; empty once it is dismissed."""
         with self._lock:
-            return self._reasons.get(_place(token), "")
+            return self._reasons.get(place(token), "")
 
     def sessions(self) -> list[Figures]:
         """All sessions, and the last ones that have ended."""
@@ -153,65 +136,65 @@ class StreamServer:
 
     def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """What gRPC calls for a stream: its messages in, ours out."""
-        stream = _Stream(context, time.monotonic() + min(OPENING_S, self._limits.idle_s))
+        stream = Stream(context, time.monotonic() + min(OPENING_S, self._limits.idle_s))
         try:
             self._enter(stream)
             challenge = secrets.token_bytes(CHALLENGE_BYTES)
             yield from chunks(Packet(Kind.HELLO, payload=challenge))
-            opening = _first(requests)
+            opening = first(requests)
             session = self._admit(stream, opening, challenge)
             yield from chunks(Packet(Kind.REPLY, 0, session.sequence, session.codecs))
             yield from self._converse(session, stream, requests)
-        except _Refused as refusal:
+        except Refused as refusal:
             context.abort(refusal.code, refusal.line)
         except FedsplitError as error:
-            yield from chunks(Packet(Kind.ERROR, payload=_line(error)))
+            yield from chunks(Packet(Kind.ERROR, payload=one_line(error)))
         except grpc.RpcError:
             pass  # the peer is gone
         finally:
             self._leave(stream)
 
-    def _enter(self, stream: _Stream) -> None:
+    def _enter(self, stream: Stream) -> None:
         with self._lock:
             waiting = sum(other.session is None for other in self._streams)
             if waiting >= SPARE:
-                raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many streams are being opened, try again.")
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many streams are being opened, try again.")
             self._streams.add(stream)
         if not stream.context.add_callback(lambda: self._leave(stream)):
             self._leave(stream)
 
-    def _leave(self, stream: _Stream) -> None:
+    def _leave(self, stream: Stream) -> None:
         stream.ended.set()
         with self._lock:
             self._streams.discard(stream)
             if stream.session is not None:
                 stream.session.detach(stream)
 
-    def _admit(self, stream: _Stream, packet: Packet, challenge: bytes) -> Session:
+    def _admit(self, stream: Stream, packet: Packet, challenge: bytes) -> Session:
         """The session that the OPEN packet has a right to; the stream carries it from now on."""
         if packet.kind is not Kind.OPEN or packet.sequence:
             raise FedsplitError("A stream begins with OPEN.")
         with self._lock:
-            session = self._sessions.get(_place(packet.payload[:TOKEN_BYTES]))
+            session = self._sessions.get(place(packet.payload[:TOKEN_BYTES]))
         # The signature is checked without the lock: it takes a while.
         if session is None or not proves(packet.payload, session.ticket, challenge, time.monotonic()):
-            raise _Refused(grpc.StatusCode.UNAUTHENTICATED, NO_ENTRY)
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, NO_ENTRY)
         if packet.codecs != session.codecs:
             raise FedsplitError("Device and server have different codecs: give both the same wire settings.")
         with self._lock:
             held = sum(other.state in (State.OPEN, State.AWAY) for other in self._sessions.values())
             if session.state is State.EXPECTED and held >= self._limits.sessions:
                 line = f"The server has all of its {self._limits.sessions} sessions open, try again later."
-                raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, line)
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, line)
             if session.state is State.GONE:
-                raise _Refused(grpc.StatusCode.UNAUTHENTICATED, NO_ENTRY)
+                raise Refused(grpc.StatusCode.UNAUTHENTICATED, NO_ENTRY)
             before = session.attach(stream, time.monotonic())
             stream.session = session
-        if isinstance(before, _Stream):
+        if isinstance(before, Stream):
             before.context.cancel()
         return session
 
-    def _converse(self, session: Session, stream: _Stream, requests: Iterator[bytes]) -> Iterator[bytes]:
+    def _converse(self, session: Session, stream: Stream, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Packets in, replies out, one at a time, until the peer or the session ends."""
         assembler, pace = Assembler(self._limits.packet_bytes), Pace(self._limits.chunk_bytes)
         for chunk in requests:
@@ -286,10 +269,10 @@ class StreamServer:
         """The session is gone (the lock is held); a stream that has an error to tell ends by itself."""
         told = session.last is not None and session.last.reply is not None and session.last.reply.kind is Kind.ERROR
         stream = session.end(reason)
-        if self._sessions.pop(_place(session.ticket.token), None) is not None:
+        if self._sessions.pop(place(session.ticket.token), None) is not None:
             self._past.append(session.figures(time.monotonic()))
-            self._reasons[_place(session.ticket.token)] = session.last_error or "It is over."
-        if isinstance(stream, _Stream) and not told:
+            self._reasons[place(session.ticket.token)] = session.last_error or "It is over."
+        if isinstance(stream, Stream) and not told:
             stream.context.cancel()
         self._compute.put(lambda: self._close(session))
 
@@ -305,20 +288,3 @@ class StreamServer:
                 late = [one for one in self._streams if one.session is None and now_s > one.until_s]
             for stream in late:
                 stream.context.cancel()
-
-
-def _place(token: bytes) -> bytes:
-    """Where a token's session is kept: a hash, so that how long it takes to find says nothing of the token."""
-    return hashlib.sha256(token).digest()
-
-
-def _first(requests: Iterator[bytes]) -> Packet:
-    assembler = Assembler(PROOF_BYTES)
-    for chunk in requests:
-        if packet := assembler.add(chunk):
-            return packet
-    raise FedsplitError("The stream ended before it began.")
-
-
-def _line(error: FedsplitError) -> bytes:
-    return " ".join(str(error).split())[:300].encode()
