@@ -17,6 +17,7 @@ from fedsplit.types import FedsplitError
 from fedsplit.wire.frame import pack, unpack
 
 RECEIPT = "receipt|sha256"
+MOST_BYTES = 4096
 
 
 class Drawer:
@@ -77,8 +78,19 @@ class Drawer:
         return self._folder / f"{name}.safetensors"
 
 
+def check_receipt(receipt: bytes) -> None:
+    """Whether the server may keep what a device sent as its receipt.
+
+    Raises:
+        FedsplitError: it is none.
+    """
+    if receipt:
+        _digest_in(receipt)
+
+
 def _digest_in(receipt: bytes) -> str:
-    found = unpack(receipt).get(RECEIPT)
-    if found is None or found.dtype is not torch.uint8 or found.shape != (32,):
-        raise FedsplitError("The server sent what is no receipt of this device; it must run the same fedsplit.")
-    return bytes(found.tolist()).hex()
+    found = unpack(receipt) if len(receipt) <= MOST_BYTES else {}
+    digest = found.get(RECEIPT)
+    if digest is None or len(found) > 1 or digest.dtype is not torch.uint8 or digest.shape != (32,):
+        raise FedsplitError("What should be a receipt is none; server and device must run the same fedsplit.")
+    return bytes(digest.tolist()).hex()

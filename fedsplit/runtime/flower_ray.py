@@ -216,18 +216,18 @@ def plain_fields(cls: type[Any], record: Any) -> dict[str, Any]:
 
 
 def _report_fields(found: Any) -> dict[str, Any]:
-    """A received report's fields, checked: numbers, or a mapping of text to whole numbers."""
+    """A received report's fields, checked: numbers, or a mapping of text to whole numbers; none of these below 0."""
     honest = Report().as_dict()
     if not isinstance(found, dict) or found.keys() - honest.keys():
         raise TypeError("the report has unknown fields")
     for name, value in found.items():
         default = honest[name]
         if isinstance(default, dict):
-            good = isinstance(value, dict) and all(type(count) is int for count in value.values())
+            good = isinstance(value, dict) and all(type(count) is int and count >= 0 for count in value.values())
         elif type(default) is int:
-            good = type(value) is int
+            good = type(value) is int and value >= 0
         else:
             good = type(value) in (int, float) or (value is None and default is None)
         if not good:
-            raise TypeError(f"the report's {name} is {type(value).__name__}")
+            raise TypeError(f"the report's {name} is {type(value).__name__} {str(value)[:40]}")
     return found

@@ -21,6 +21,7 @@ from fedsplit import personal
 from fedsplit.body.seat import Seat
 from fedsplit.config import Config
 from fedsplit.runtime.device import Pass, codecs_mark
+from fedsplit.runtime.drawer import check_receipt
 from fedsplit.runtime.half import frozen_digest
 from fedsplit.runtime.stream.limits import Limits
 from fedsplit.runtime.stream.packet import Kind
@@ -41,7 +42,7 @@ class BodyHandler:
         seen = personal.watches(built)[1]
         self.seat = Seat.take(steered(built, job.choices), job, tap=_sound, watch=seen, own=True)
         self._vanilla = built.config.cut.shape == "vanilla"
-        self._forwarded = False
+        self._forwarded, self._job = False, job
 
     def handle(self, kind: Kind, value: int, payload: bytes) -> tuple[int, bytes]:
         """The reply to a packet.
@@ -72,6 +73,7 @@ class BodyHandler:
         server, notes = self.seat.leave()
         link, report = self.seat.body.link, update.report
         counted: dict[str, int] = {stream: link.sizes[stream] for stream in REMOTE}
+        counted |= {"parameters-down": len(self._job.down), "parameters-up": len(update.up)}
         raw: dict[str, int] = {stream: link.raw[stream] for stream in REMOTE}
         report = replace(
             report,
@@ -111,6 +113,10 @@ class Reception:
             return result
         if not isinstance(handler, BodyHandler):
             return Failure(client, f"its session with the body did not end well: {reason or 'it is not done'}")
+        try:
+            check_receipt(result.memory)
+        except FedsplitError as error:
+            return Failure(client, str(error))
         return handler.complete(result)
 
     def lost(self, client: int) -> str:

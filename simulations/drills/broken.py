@@ -143,6 +143,11 @@ def poisoned(config: Config, job: Job, given: device.Pass, site: device.Site) ->
     return replace(update, up=update.up[:-4] + b"\x00\x00\xc0\x7f")
 
 
+def hoarding(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+    """It has the server keep what it likes, in the place of a receipt."""
+    return replace(device.work(config, job, given, site), memory=pack({"x": torch.zeros(100_000)}))
+
+
 def full(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
     """The disk takes nothing any more."""
     before = drawer.durable
@@ -180,5 +185,6 @@ WORKS: dict[str, Broken] = {
     "no TLS": downgraded,
     "no session": silent,
     "spoilt update": poisoned,
+    "no receipt": hoarding,
     "full disk": full,
 }

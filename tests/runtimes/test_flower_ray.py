@@ -173,6 +173,8 @@ def test_job_round_trip() -> None:
         ({"up": "text"}, "up"),
         ({"client": 9}, "client 9"),
         ({"report": "{"}, "malformed"),
+        ({"report": json.dumps({"client_flops": -1})}, "malformed"),
+        ({"report": json.dumps({"bytes": {"activations-up": -1}})}, "malformed"),
         ({"report": "[" * 100000}, "malformed"),
         ({"report": json.dumps({"steps": "many"})}, "steps"),
         ({"report": json.dumps({"bytes": {"parameters-up": 0.5}})}, "bytes"),
