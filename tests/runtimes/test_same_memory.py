@@ -33,7 +33,9 @@ def test_what_clients_remember_travels_with_them(tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("loop", "pool", "flower")}
     in_process(resolve(values), folders["loop"])
     in_a_pool(resolve(values), folders["pool"])
-    flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path)
+    lines: list[str] = []
+    done = flwr_run(ROOT, {**values, "out": str(folders["flower"])}, nodes=4, cwd=tmp_path, echo=lines.append)
+    assert "\n".join(lines) == done.log and "round   3" in done.log
     assert_alike(list(folders.values()))
 
 

@@ -20,8 +20,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds."""
     values = context.run_config
-    if values["fail"]:
-        raise FedsplitError("the probe was told to fail")
     nodes = wait_for_nodes(grid)
     print("NODES", len(nodes), "CWD", os.getcwd(), flush=True)
     config: Any = SimpleNamespace(values=dict(values), engine=SimpleNamespace(timeout_s=0.0))
@@ -32,3 +30,5 @@ def main(grid: Grid, context: Context) -> None:
         for result in runner.run(jobs):
             ok = isinstance(result, Update) and result.up == down and result.server == b"state"
             print("RESULT", number, result.client, "ok" if ok else getattr(result, "reason", "changed"), flush=True)
+    if values["fail"]:
+        raise FedsplitError("the probe was told to fail")
