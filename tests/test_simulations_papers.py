@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_simulations import ROOT, TINY, study
+from test_simulations import ROOT, TINY, study_here
 
 sys.path.append(str(ROOT / "simulations"))
 
@@ -35,7 +35,7 @@ TRAINED = [name for name in PAPERS if name != "patrol"]  # which hardens first, 
 
 @pytest.mark.slow
 def test_a_front_cache_changes_no_weight() -> None:
-    rows = {row["config"]: row for row in study("front_cache.py", *TINY)["rows"]}
+    rows = {row["config"]: row for row in study_here("front_cache.py", *TINY)["rows"]}
     assert list(rows) == ["linear_probe", "frozen_front", "sfprompt"]
     assert all(row["same_weights"] and 0 < row["device_flops_ratio"] < 1 for row in rows.values())
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from test_simulations import study
+from test_simulations import study_here
 
 LESS = ["--set", "data.limit=100", "--set", "data.test-limit=60"]
 
 
 @pytest.mark.slow
 def test_the_scoreboard_of_patrol_hardens_trains_and_attacks() -> None:
-    found = study("paper.py", "patrol", *LESS)
+    found = study_here("paper.py", "patrol", "--jobs", "1", *LESS)
     rows = {row["arm"]: row for row in found["rows"]}
     assert set(rows) == {"patrol-none", "patrol-full", "patrol-noise"} and not any(r["failed"] for r in rows.values())
     assert rows["patrol-full"]["client_flops_ratio"] <= 1.0, "four blocks of half the width are two"
@@ -22,7 +22,7 @@ def test_the_scoreboard_of_patrol_hardens_trains_and_attacks() -> None:
 
 @pytest.mark.slow
 def test_points_of_privacy_against_accuracy() -> None:
-    rows = study("pareto.py", *LESS, "--cuts", "0", "--defences", "none,shuffle")["rows"]
+    rows = study_here("pareto.py", *LESS, "--cuts", "0", "--defences", "none,shuffle")["rows"]
     assert [(row["defence"], row["strength"]) for row in rows] == [("none", ""), ("shuffle", "0.5"), ("shuffle", "1.0")]
     assert rows[0]["worst_ssim"] > 0.98, "patches are solved for exactly"
     assert rows[2]["worst_ssim"] < rows[0]["worst_ssim"] and rows[2]["client_flops"] == rows[0]["client_flops"]
