@@ -21,12 +21,12 @@ from fedsplit.runtime.stream.channel import METHOD, SERVER_OPTIONS, SERVICE, cre
 from fedsplit.runtime.stream.compute import Compute
 from fedsplit.runtime.stream.limits import OPENING_S, Limits, Pace
 from fedsplit.runtime.stream.packet import Assembler, Kind, Packet, chunks
-from fedsplit.runtime.stream.session import Figures, Handler, Pending, Session, State
+from fedsplit.runtime.stream.session import Event, Figures, Handler, Pending, Session, State
 from fedsplit.runtime.stream.streams import Refused, Stream, first, one_line, place
 from fedsplit.runtime.stream.ticket import CHALLENGE_BYTES, TOKEN_BYTES, Ticket, proves
 from fedsplit.types import FedsplitError
 
-__all__ = ["Figures", "Handler", "Limits", "StreamServer", "Ticket"]
+__all__ = ["Event", "Figures", "Handler", "Limits", "StreamServer", "Ticket"]
 
 SPARE = 8
 """Streams that may be without an authorised session: they are being opened, or were replaced."""
@@ -41,9 +41,18 @@ class StreamServer:
         listen: address and port, e.g. "0.0.0.0:9443"; port 0 takes a free one.
         limits: of every session and of all together.
         tls: certificate chain and private key (PEM); None serves plaintext.
+        on_event: told of what happens to sessions, with the server's lock held: it must return at once, and ask
+            nothing of the server.
     """
 
-    def __init__(self, listen: str, limits: Limits, tls: tuple[bytes, bytes] | None) -> None:
+    def __init__(
+        self,
+        listen: str,
+        limits: Limits,
+        tls: tuple[bytes, bytes] | None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._on_event = on_event
         self._listen, self._limits, self._tls = listen, limits, tls
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
@@ -92,6 +101,7 @@ class StreamServer:
                 raise FedsplitError("This token is in use: draw a new one for every session.")
             session = Session(ticket, make, codecs, self._limits, time.monotonic())
             self._sessions[place(ticket.token)] = session
+            self._on_event(session.event("expected"))
 
     def dismiss(self, token: bytes) -> None:
         """Token and session are void; their handler is closed in the compute thread."""
@@ -167,8 +177,8 @@ class StreamServer:
         stream.ended.set()
         with self._lock:
             self._streams.discard(stream)
-            if stream.session is not None:
-                stream.session.detach(stream)
+            if stream.session is not None and stream.session.detach(stream):
+                self._on_event(stream.session.event("lost"))
 
     def _admit(self, stream: Stream, packet: Packet, challenge: bytes) -> Session:
         """The session that the OPEN packet has a right to; the stream carries it from now on."""
@@ -188,8 +198,10 @@ class StreamServer:
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, line)
             if session.state is State.GONE:
                 raise Refused(grpc.StatusCode.UNAUTHENTICATED, NO_ENTRY)
+            new = session.state is State.EXPECTED
             before = session.attach(stream, time.monotonic())
             stream.session = session
+            self._on_event(session.event("opened" if new else "resumed"))
         if isinstance(before, Stream):
             before.context.cancel()
         return session
@@ -255,7 +267,8 @@ class StreamServer:
             return
         with self._lock:
             now_s = time.monotonic()
-            session.answered(pending, reply, now_s - begun_s, now_s)
+            if session.answered(pending, reply, now_s - begun_s, now_s) and session.is_done:
+                self._on_event(session.event("done"))
 
     def _close(self, session: Session) -> None:
         with self._lock:
@@ -270,6 +283,7 @@ class StreamServer:
         told = session.last is not None and session.last.reply is not None and session.last.reply.kind is Kind.ERROR
         stream = session.end(reason)
         if self._sessions.pop(place(session.ticket.token), None) is not None:
+            self._on_event(session.event("dismissed", reason))
             self._past.append(session.figures(time.monotonic()))
             self._reasons[place(session.ticket.token)] = session.last_error or "It is over."
         if isinstance(stream, Stream) and not told:

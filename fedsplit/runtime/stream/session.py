@@ -44,7 +44,8 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Figures:
-    """A session as a table shows it. `since_s` is the seconds since it was opened (expected: since then).
+    """A session as a table shows it. `since_s` is the seconds since it was opened (expected: since then), `silent_s`
+    those since the peer was last heard.
 
     `packets` and bytes count all that crossed, resent ones too; `server_s` was spent in the handler;
     `round_trips_per_s` is that of the last ones.
@@ -61,6 +62,18 @@ class Figures:
     round_trips_per_s: float
     server_s: float
     last_error: str
+    silent_s: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a session: it was expected, opened, lost, resumed, done or dismissed."""
+
+    what: str
+    node: int
+    client: int
+    round: int
+    reason: str = ""
 
 
 class Pending:
@@ -136,12 +149,14 @@ class Session:
         before, self.stream = self.stream, stream
         return before
 
-    def detach(self, stream: object) -> None:
-        """A stream ended: the session waits for another one, if it was carried by this one."""
-        if self.stream is stream:
-            self.stream = None
-            if self.state is State.OPEN:
-                self.state = State.AWAY
+    def detach(self, stream: object) -> bool:
+        """A stream ended: the session waits for another one, if it was carried by this one; whether it now does."""
+        if self.stream is not stream:
+            return False
+        self.stream = None
+        if self.state is State.OPEN:
+            self.state = State.AWAY
+        return self.state is State.AWAY
 
     def progress(self, up_bytes: int, down_bytes: int, now_s: float) -> None:
         """A part of a packet passed: the peer is as little silent as it is fast."""
@@ -240,4 +255,10 @@ class Session:
             rate,
             self.server_s,
             self.last_error,
+            max(0.0, now_s - self._heard_s),
         )
+
+    def event(self, what: str, reason: str = "") -> Event:
+        """Something that happens to it; `reason` on one line."""
+        ticket = self.ticket
+        return Event(what, ticket.node, ticket.client, ticket.round, " ".join(reason.split())[:300])
