@@ -19,8 +19,9 @@ def train(message: Message, context: Context) -> Message:
     config, job = read_job(message.content)
     injected = faults.parse(config.engine.faults)
     if "stream" in message.content:
-        from fedsplit.runtime import device
+        from fedsplit.runtime import device, lines
 
+        lines.show()
         device.end_after(max(config.engine.timeout_s, LEAST_TIMEOUT_S))
         faults.before(injected, job, disposable=True)
         given = device.Pass(**dict(message.content["stream"]))  # type: ignore[arg-type]

@@ -12,9 +12,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedsplit import experiment
 from fedsplit.cli.progress import Lines
 from fedsplit.config import Config, resolve
+from fedsplit.progress import Progress
 from fedsplit.runs import RunFolder
 from fedsplit.runtime import deployed
 from fedsplit.runtime.flower_ray import FlowerRunner, device_count, wait_for_nodes
+from fedsplit.runtime.journal import Journal
 from fedsplit.runtime.ray_pool import is_simulation, mend_actor_pool
 
 app = ServerApp()
@@ -33,15 +35,15 @@ def main(grid: Grid, context: Context) -> None:
     if is_simulation(grid):
         actors, nodes = mend_actor_pool(), wait_for_nodes(grid)
         config = _counted(config, device_count(config.devices.count, len(nodes)))
-        _run(config, FlowerRunner(grid, config, nodes, actors=actors))
+        _run(config, FlowerRunner(grid, config, nodes, actors=actors), Lines())
         return
-    with deployed.serve(grid, config) as (devices, runner):
+    with Journal() as journal, deployed.serve(grid, config, journal) as (devices, runner):
         config = _counted(config, config.devices.count or devices)
-        _run(config, runner(config))
+        _run(config, runner(config), journal.around(Lines()))
 
 
-def _run(config: Config, runner: FlowerRunner) -> None:
-    experiment.run(config, runner, root=Path.home() / "runs", progress=Lines())
+def _run(config: Config, runner: FlowerRunner, progress: Progress) -> None:
+    experiment.run(config, runner, root=Path.home() / "runs", progress=progress)
 
 
 def _counted(config: Config, devices: int) -> Config:

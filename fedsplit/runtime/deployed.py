@@ -18,12 +18,15 @@ from flwr.serverapp import Grid
 
 from fedsplit.config import Config
 from fedsplit.runtime.flower_ray import MESSAGE_TYPE, FlowerRunner, read_reply, write_job
+from fedsplit.runtime.journal import Journal
 from fedsplit.runtime.reception import Reception, served
 from fedsplit.types import Failure, FedsplitError, Job, Update
 
 log = logging.getLogger(__name__)
 HELLO = "query.hello"
 POLL_S = 0.5
+LOOK_S = 5.0
+"""How often, during a round, it is asked which SuperNodes are connected."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,28 @@ class Node:
 class Register:
     """Which SuperNode is which device: asked once of every node that turns up."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, tell: Callable[..., None] = lambda what, **facts: None) -> None:
+        self._grid, self._tell = grid, tell
         self._known: dict[int, Node] = {}
+        self._here: frozenset[int] = frozenset()
+        self._looked_s = 0.0
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The devices that introduced themselves, as a table shows them; from any thread."""
+        here, known = self._here, tuple(self._known.values())
+        rows = ({"number": node.partition, "node": node.id, "connected": node.id in here} for node in known)
+        return sorted(rows, key=lambda row: (row["number"], row["node"]))
+
+    def look(self) -> set[int]:
+        """The SuperNodes that are connected now."""
+        here, self._looked_s = set(self._grid.get_node_ids()), time.monotonic()
+        self._here = frozenset(here)
+        return here
+
+    def glance(self) -> None:
+        """Look, if that was a while ago."""
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self.look()
 
     def meet(self, wanted: int, timeout_s: float) -> list[Node]:
         """The devices there are, as soon as `wanted` (0: as many as they say) have introduced themselves.
@@ -65,7 +87,7 @@ class Register:
 
     def present(self) -> list[Node]:
         """The devices whose SuperNode is connected, by number; of two that say the same the later one."""
-        here = set(self._grid.get_node_ids())
+        here = self.look()
         found = {node.partition: node for node in self._known.values() if node.id in here}
         if len({node.partitions for node in found.values()}) > 1:
             raise FedsplitError("The SuperNodes' node configs disagree on num-partitions; give all the same.")
@@ -73,7 +95,7 @@ class Register:
 
     def ask(self, timeout_s: float) -> None:
         """Ask the nodes that are not known yet who they are, and wait for their answers."""
-        new = [node for node in self._grid.get_node_ids() if node not in self._known]
+        new = [node for node in self.look() if node not in self._known]
         if not new:
             return
         sent = self._grid.push_messages([Message(RecordDict(), node, HELLO) for node in new])
@@ -99,6 +121,7 @@ class Register:
             return
         self._known.pop(node, None)
         self._known[node] = Node(node, *fields)
+        self._tell("device-introduced", number=fields[0], of=fields[1], node=node)
 
 
 class DeployedRunner(FlowerRunner):
@@ -130,21 +153,25 @@ class DeployedRunner(FlowerRunner):
         return self._reception.settle(job.client, read_reply(reply, job))
 
     def _given_up(self, job: Job) -> Failure | None:
+        self._register.glance()
         reason = self._reception.lost(job.client)
         return Failure(job.client, f"its session with the body is over: {reason}") if reason else None
 
 
 @contextmanager
-def serve(grid: Grid, config: Config) -> Iterator[tuple[int, Callable[[Config], DeployedRunner]]]:
+def serve(grid: Grid, config: Config, journal: Journal) -> Iterator[tuple[int, Callable[[Config], DeployedRunner]]]:
     """The body served to devices, as soon as they are there: how many they are, and the runner of a config.
+
+    `journal` is told of sessions and devices.
 
     Raises:
         FedsplitError: keys of `link` that cannot be used, or no device.
     """
     check(config)
-    with served(config) as (server, address):
+    with served(config, journal.session) as (server, address):
         log.info("the body is served on %s", address)
-        register = Register(grid)
+        register = Register(grid, journal.event)
+        journal.follow(server.sessions, register.shown)
         nodes = register.meet(config.link.nodes, config.link.wait_s)
         yield nodes[0].partitions, lambda it: DeployedRunner(grid, it, register, Reception(it, server, address))
 

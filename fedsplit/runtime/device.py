@@ -10,6 +10,7 @@ import logging
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fedsplit.data.sources import own_pictures
 from fedsplit.front.models import input_size
 from fedsplit.runtime import half, kept
 from fedsplit.runtime.drawer import Drawer
+from fedsplit.runtime.lines import keyed, peak_rss_bytes
 from fedsplit.runtime.stream.client import StreamClient
 from fedsplit.runtime.stream.limits import Limits
 from fedsplit.runtime.stream.packet import Kind, fingerprint
@@ -199,9 +201,28 @@ def work(
 ) -> Update:
     """A client's round on this device; the body's side stays at the server, and so does what the server notes.
 
+    A line of the log says how it went.
+
     Raises:
         FedsplitError: the device cannot do the job as it is set up, or the server refused its session.
     """
+    begun_s = time.monotonic()
+    try:
+        update = _worked(config, job, given, site, body)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        log.warning("%s", keyed("round-failed", client=job.client, round=job.round, reason=reason))
+        raise
+    sent = update.report.bytes
+    ways = {f"bytes_{way}": sum(size for name, size in sent.items() if name.endswith(way)) for way in ("up", "down")}
+    facts = {"client": job.client, "round": job.round, "steps": update.report.steps}
+    log.info(
+        "%s", keyed("round-done", **facts, seconds=time.monotonic() - begun_s, **ways, peak_rss_bytes=peak_rss_bytes())
+    )
+    return update
+
+
+def _worked(config: Config, job: Job, given: Pass, site: Site, body: Callable[[StreamClient], Body]) -> Update:
     if job.client % site.partitions != site.partition:
         raise FedsplitError(f"Client {job.client} is not of this device, number {site.partition} of {site.partitions}.")
     drawer = Drawer(site.state, job.client, keep=2 * config.engine.checkpoint_every + 2)

@@ -10,7 +10,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedsplit.runtime.drawer import check_receipt
 from fedsplit.runtime.half import frozen_digest
 from fedsplit.runtime.stream.limits import Limits
 from fedsplit.runtime.stream.packet import Kind
-from fedsplit.runtime.stream.server import StreamServer
+from fedsplit.runtime.stream.server import Event, StreamServer
 from fedsplit.runtime.stream.ticket import TOKEN_BYTES, Ticket
 from fedsplit.types import STREAMS, Failure, FedsplitError, Job, Stream, Tensors, Update
 from fedsplit.wire.codec import PARAMETERS
@@ -141,8 +141,10 @@ def _sound(stream: Stream, tensors: Tensors) -> None:
 
 
 @contextmanager
-def served(config: Config) -> Iterator[tuple[StreamServer, str]]:
-    """A stream server by the keys of `link`, and the address by which devices reach it.
+def served(
+    config: Config, on_event: Callable[[Event], None] = lambda event: None
+) -> Iterator[tuple[StreamServer, str]]:
+    """A stream server by the keys of `link`, and the address by which devices reach it; `on_event` as there.
 
     Raises:
         FedsplitError: keys of `link` that cannot be used.
@@ -156,7 +158,7 @@ def served(config: Config) -> Iterator[tuple[StreamServer, str]]:
         bytes_per_s=link.bytes_per_s,
         packets_per_s=link.packets_per_s,
     )
-    server = StreamServer(link.listen, limits, _certificate(config))
+    server = StreamServer(link.listen, limits, _certificate(config), on_event)
     port = server.start()
     try:
         yield server, link.address or f"{link.listen.rpartition(':')[0]}:{port}"

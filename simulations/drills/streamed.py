@@ -11,6 +11,7 @@ from fedsplit import experiment
 from fedsplit.config import Config, resolve
 from fedsplit.deploy.certificates import certify
 from fedsplit.runtime import device, half
+from fedsplit.runtime.journal import Journal
 from fedsplit.runtime.reception import Reception, served
 from fedsplit.types import Failure, Job, Scalar, Update
 
@@ -54,8 +55,13 @@ class Devices:
 
 
 @contextmanager
-def devices(values: dict[str, Scalar], folder: Path, **link: Scalar) -> Iterator[Devices]:
-    """The fleet of a config, with certificates and halves in `folder`; the run folder is `folder/run`."""
+def devices(
+    values: dict[str, Scalar], folder: Path, journal: Journal | None = None, **link: Scalar
+) -> Iterator[Devices]:
+    """The fleet of a config, with certificates and halves in `folder`; the run folder is `folder/run`.
+
+    `journal` is told of the sessions.
+    """
     keys = folder / "keys"
     if not keys.exists():
         certify(keys, ["localhost", "127.0.0.1"], 0)
@@ -64,7 +70,9 @@ def devices(values: dict[str, Scalar], folder: Path, **link: Scalar) -> Iterator
     local |= {f"link.{name.replace('_', '-')}": value for name, value in link.items()}
     config = resolve({**values, **local})
     half.save(config, folder / "half.safetensors")
-    with served(config) as (server, address):
+    journal = journal or Journal()
+    with served(config, journal.session) as (server, address):
+        journal.follow(server.sessions)
         yield Devices(config, Reception(config, server, address), folder)
 
 
