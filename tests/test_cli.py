@@ -19,7 +19,7 @@ from fedsplit.places import PLACES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] != "pretrain")
-COMMANDS = ("run", "resume", "map", "plan", "audit", "keys", "doctor", "pretrain", "harden")
+COMMANDS = ("run", "resume", "map", "plan", "audit", "keys", "doctor", "watch", "pretrain", "harden")
 TINY = """
 rounds = 1
 [data]
