@@ -127,7 +127,7 @@ def test_a_run_over_the_stream_is_in_the_record(tmp_path: Path, caplog: pytest.L
         return work(*arguments)
 
     with Journal() as journal, devices({**TINY, "share.quorum": 0.0}, tmp_path, journal) as fleet:
-        fleet.works = {(client, number): fails for client in (0, 1) for number in (1, 2)}
+        fleet.works = {(client, number): fails for client in (0, 1, 2) for number in (1, 2)}
         with caplog.at_level(logging.INFO, "fedsplit.runtime.device"):
             experiment.run(fleet.config, fleet, progress=journal.around(Silent()))
     run = tmp_path / "run"
@@ -143,15 +143,15 @@ def test_a_run_over_the_stream_is_in_the_record(tmp_path: Path, caplog: pytest.L
         (1, 2, "FedsplitError: No battery.")
     ]
     ended = [entry for entry in found if entry["event"] == "round-ended"]
-    assert [(entry["round"], entry["clients"], entry["failures"]) for entry in ended] == [(1, 2, 0), (2, 1, 1)]
+    assert [(entry["round"], entry["clients"], entry["failures"]) for entry in ended] == [(1, 3, 0), (2, 2, 1)]
     states = [row["state"] for row in json.loads((run / "sessions.json").read_text())["sessions"]]
-    assert states == ["gone"] * 4
+    assert states == ["gone"] * 6
     written = (run / "events.jsonl").read_bytes() + (run / "sessions.json").read_bytes()
-    assert len(tokens) == 4
+    assert len(tokens) == 6
     for token in tokens:
         assert not any(form.encode() in written for form in (token.hex(), str(token)))
     lines = [record.getMessage() for record in caplog.records if record.name == "fedsplit.runtime.device"]
-    assert len(lines) == 3 and lines[0].startswith("event=round-done client=0 round=1 steps=")
+    assert len(lines) == 5 and lines[0].startswith("event=round-done client=0 round=1 steps=")
     facts = dict(pair.split("=") for pair in lines[0].split())
     assert int(facts["bytes_up"]) > 0 and int(facts["bytes_down"]) > 0 and int(facts["peak_rss_bytes"]) > 10**7
 
