@@ -45,8 +45,6 @@ from fedsplit.wire.frame import pack
 from fedsplit.world import world
 
 BATCH = 4
-DIE, CUT = 0.1, 0.2
-"""Which fraction of sessions ends in the middle, and comes over the bad network."""
 CUT_BYTES = (100_000, 3_000_000)
 """After so many bytes up the bad network drops a connection."""
 Says = dict[str, Any]
@@ -54,16 +52,18 @@ Says = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pace:
-    """How long the soak is and how fast its devices are."""
+    """How long the soak is, how fast its devices are, and which fraction of sessions dies or has the bad network."""
 
     seconds: float
     sample_s: float
     steps: tuple[int, int]
     pause_s: float
     idle_s: float
+    die: float
+    cut: float
 
 
-QUICK = Pace(20.0, 0.5, (5, 9), 0.05, 2.0)
+QUICK = Pace(20.0, 0.5, (5, 9), 0.05, 2.0, die=0.3, cut=0.5)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     if options.play:
         play(json.loads(sys.stdin.readline()))
         return
-    pace = QUICK if options.quick else Pace(60 * options.minutes, 5.0, (40, 60), 0.5, 10.0)
+    pace = QUICK if options.quick else Pace(60 * options.minutes, 5.0, (40, 60), 0.5, 10.0, die=0.1, cut=0.2)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(options.sessions, pace, Path(folder))
     print(json.dumps({"seconds": pace.seconds, "sessions": options.sessions, **found}))
@@ -306,7 +306,7 @@ class Device:
         """Some steps with the body; how it ended."""
         built = world(self.config)
         link = built.link(ticket["round"], self.client)
-        cut, dies = self.draw.random() < CUT, self.draw.random() < DIE
+        cut, dies = self.draw.random() < self.start["cut"], self.draw.random() < self.start["die"]
         steps = self.draw.randint(*self.start["steps"])
         last = self.draw.randrange(steps) if dies else -1
         stream = StreamClient(

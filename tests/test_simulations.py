@@ -88,6 +88,17 @@ def test_the_stream_to_the_body_is_measured_against_a_bare_one() -> None:
 
 
 @pytest.mark.slow
+def test_devices_come_and_go_at_a_served_body() -> None:
+    found = study("soak.py", "--sessions", "6")
+    assert found["finished"] > 6 and found["died"] > 0 and found["cuts"] > 0 and found["refused"] == 0
+    assert found["finished"] + found["died"] <= found["opened"] <= found["finished"] + found["died"] + 6
+    assert found["packets"] > 10 * found["finished"] and found["bytes"] > 10**4 * found["packets"]
+    for when in ("start", "after_a_tenth", "end", "most"):
+        assert set(found[when]) == {"rss_bytes", "threads", "open_files"}
+    assert isinstance(found["slope_bytes_per_minute"], int) and found["samples"] > 5
+
+
+@pytest.mark.slow
 def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
     found = study("body_cost.py", "--plans", "1", "--repeats", "1", "--batch-size", "4")
     rows = {(row["mode"], row["plan"], row["budget"]): row for row in found["rows"]}
