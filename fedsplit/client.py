@@ -53,6 +53,7 @@ def device_round(world: World, job: Job, body: Body, watch: personal.Importance 
     received = link.decode("parameters-down", job.down, shapes_of(world.client))
     personal.receive(world, received, job.memory)
     link.hold("parameters-up", received)
+    del received  # a whole copy of what trains here, which the steps have no use for
     report, memory = work(world, job, link, body, watch)
     shared, own = personal.divided(world, world.client, watch)
     up = link.encode("parameters-up", shared)

@@ -99,6 +99,17 @@ def test_devices_come_and_go_at_a_served_body() -> None:
 
 
 @pytest.mark.slow
+def test_a_device_holds_its_half_alone() -> None:
+    half, whole = study("device_memory.py")["rows"]
+    assert (half["kind"], whole["kind"]) == ("half", "whole") and half["steps"] == whole["steps"] == 3
+    assert 0 < 4 * half["weight_bytes"] < whole["weight_bytes"]
+    # What is trained is the same, and so is what is counted of it; the plan knows it before.
+    assert half["plan_bytes"] == half["counted_bytes"] == whole["counted_bytes"] > half["weight_bytes"]
+    for row in (half, whole):
+        assert 0 < row["imports_bytes"] <= row["training_bytes"] and 0 < row["rest_private_bytes"] < row["rest_bytes"]
+
+
+@pytest.mark.slow
 def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
     found = study("body_cost.py", "--plans", "1", "--repeats", "1", "--batch-size", "4")
     rows = {(row["mode"], row["plan"], row["budget"]): row for row in found["rows"]}

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pixels = npt.NDArray[np.uint8]
-CHUNK = 256
+CHUNK = 32  # a device decodes its pictures, too: few of them in memory at a time
 ORIENTATION = 0x0112
 
 
 def chunks(blobs: Iterable[tuple[int, bytes | None]], size: int, resize: bool, where: str) -> Iterator[Pixels]:
-    """The encoded images `blobs`, each with its row, as RGB arrays (up to 256, size, size, 3) uint8, in order.
+    """The encoded images `blobs`, each with its row, as RGB arrays (up to 32, size, size, 3) uint8, in order.
 
     `where` names the source in messages.
 

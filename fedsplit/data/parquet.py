@@ -15,7 +15,7 @@ from fedsplit.data.raw import GROUPS, Raw, check_labels
 from fedsplit.types import FedsplitError
 
 TESTS = ("test.parquet", "val.parquet", "validation.parquet")
-BATCH = 256
+BATCH = 32
 
 
 def files(folder: Path) -> tuple[Path, Path]:
