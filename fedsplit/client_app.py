@@ -19,13 +19,13 @@ def train(message: Message, context: Context) -> Message:
     config, job = read_job(message.content)
     injected = faults.parse(config.engine.faults)
     if "stream" in message.content:
-        from fedsplit.runtime import device, lines
+        from fedsplit.runtime import device, lines, site
 
         lines.show()
         device.end_after(max(config.engine.timeout_s, LEAST_TIMEOUT_S))
         faults.before(injected, job, disposable=True)
         given = device.Pass(**dict(message.content["stream"]))  # type: ignore[arg-type]
-        update = device.work(config, job, given, device.Site.read(context.node_config))
+        update = device.work(config, job, given, site.Site.read(context.node_config))
     else:
         faults.before(injected, job, disposable=True)
         update = client_round(world(config), job)
@@ -35,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say which device this is."""
-    from fedsplit.runtime import device
+    from fedsplit.runtime.site import Site
 
-    said = device.Site.read(context.node_config).introduction()
+    said = Site.read(context.node_config).introduction()
     return Message(RecordDict({"device": ConfigRecord(said)}), reply_to=message)

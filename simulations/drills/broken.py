@@ -14,6 +14,7 @@ from fedsplit.config import Config
 from fedsplit.deploy.certificates import certify
 from fedsplit.runtime import device, drawer
 from fedsplit.runtime.inprocess import Loop
+from fedsplit.runtime.site import Site
 from fedsplit.runtime.stream.packet import Kind
 from fedsplit.types import Failure, Job, Scalar, Update
 from fedsplit.wire.frame import pack
@@ -53,13 +54,13 @@ class Without(Loop):
 
 MOST_BYTES = 4 << 20
 """The longest packet that the server takes in these drills."""
-Broken = Callable[[Config, Job, device.Pass, device.Site], Update]
+Broken = Callable[[Config, Job, device.Pass, Site], Update]
 
 
 def spoil(change: Callable[[Kind, bytes], tuple[Kind, bytes]], number: int = 3) -> Broken:
     """A device whose packet `number` is another one."""
 
-    def work(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+    def work(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
         class Spoiler(device.RemoteBody):
             sent = 0
 
@@ -77,7 +78,7 @@ def spoil(change: Callable[[Kind, bytes], tuple[Kind, bytes]], number: int = 3) 
 def renumbered(by: int) -> Broken:
     """A device that sends its third packet under another number."""
 
-    def work(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+    def work(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
         class Spoiler(device.RemoteBody):
             sent = 0
 
@@ -95,7 +96,7 @@ def renumbered(by: int) -> Broken:
 replayed, skipping = renumbered(-1), renumbered(1)
 
 
-def die(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def die(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """It dies in the middle of a step: its session stays open until the server sees it."""
 
     def gone(kind: Kind, payload: bytes) -> tuple[Kind, bytes]:
@@ -107,29 +108,29 @@ def die(config: Config, job: Job, given: device.Pass, site: device.Site) -> Upda
         raise RuntimeError("died in mid-step") from None
 
 
-def stolen(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def stolen(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """Another node has the token."""
     return device.work(config, job, given, replace(site, state=site.state.with_name("thief")))
 
 
-def guessed(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def guessed(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """It has no token."""
     return device.work(config, job, replace(given, token=bytes(32)), site)
 
 
-def distrusts(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def distrusts(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """It trusts another authority than the server's."""
     other = site.state.with_name("other-keys")
     certify(other, ["localhost"], 0)
     return device.work(config, job, given, replace(site, root_certificates=other / "ca.crt"))
 
 
-def downgraded(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def downgraded(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """Somebody wants it to speak without TLS."""
     return device.work(config, job, replace(given, plaintext=True), site)
 
 
-def silent(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def silent(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """It says that it is done, and never spoke with the body."""
     good = Loop(config)
     [update] = good.run([job])
@@ -137,18 +138,18 @@ def silent(config: Config, job: Job, given: device.Pass, site: device.Site) -> U
     return replace(update, memory=b"", server=b"", notes=b"")
 
 
-def poisoned(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def poisoned(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """Its steps are sound, its update is not."""
     update = device.work(config, job, given, site)
     return replace(update, up=update.up[:-4] + b"\x00\x00\xc0\x7f")
 
 
-def hoarding(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def hoarding(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """It has the server keep what it likes, in the place of a receipt."""
     return replace(device.work(config, job, given, site), memory=pack({"x": torch.zeros(100_000)}))
 
 
-def full(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+def full(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
     """The disk takes nothing any more."""
     before = drawer.durable
 

@@ -29,6 +29,7 @@ from fedsplit.deploy.certificates import certify
 from fedsplit.devices.clock import cost
 from fedsplit.runtime import device, half
 from fedsplit.runtime.reception import REMOTE, Reception, served
+from fedsplit.runtime.site import Site
 from fedsplit.runtime.stream.packet import Kind
 from fedsplit.types import Failure, Job, Report, Scalar, Update
 from fedsplit.world import world
@@ -162,14 +163,14 @@ def serve_jobs(folder: Path, number: int) -> None:
     config = resolve(json.loads((folder / "config.json").read_text()))
     part, roots = folder / "half.safetensors", folder / "keys" / "ca.crt"
     count = config.devices.count
-    site = device.Site(number, count, folder / f"device-{number}", part, None, roots, "", False)
+    site = Site(number, count, folder / f"device-{number}", part, None, roots, "", False)
     print(base64.b64encode(site.introduction()["public-key"]).decode(), flush=True)
     for line in sys.stdin:
         asked = read(line)
         print(written(_answer(config, asked, site)), end="", flush=True)
 
 
-def _answer(config: Config, asked: Mapping[str, Any], site: device.Site) -> dict[str, Any]:
+def _answer(config: Config, asked: Mapping[str, Any], site: Site) -> dict[str, Any]:
     bodies: list[TimedBody] = []
 
     def body(stream: Any) -> TimedBody:

@@ -13,9 +13,10 @@ from fedsplit.deploy.certificates import certify
 from fedsplit.runtime import device, half
 from fedsplit.runtime.journal import Journal
 from fedsplit.runtime.reception import Reception, served
+from fedsplit.runtime.site import Site
 from fedsplit.types import Failure, Job, Scalar, Update
 
-Work = Callable[[Config, Job, device.Pass, device.Site], Update]
+Work = Callable[[Config, Job, device.Pass, Site], Update]
 
 
 @dataclass
@@ -32,12 +33,12 @@ class Devices:
     works: dict[tuple[int, int], Work] = field(default_factory=dict)
     own_data: bool = False
 
-    def site(self, client: int) -> device.Site:
+    def site(self, client: int) -> Site:
         """The device that a client is."""
         count = self.config.devices.count
         roots, part = self.folder / "keys" / "ca.crt", self.folder / "half.safetensors"
         data = self.folder / f"data-{client}" if self.own_data else None
-        return device.Site(client, count, self.folder / f"device-{client}", part, data, roots, "", False)
+        return Site(client, count, self.folder / f"device-{client}", part, data, roots, "", False)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Update | Failure]:
         """One result per job, in order."""

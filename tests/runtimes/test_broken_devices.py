@@ -26,6 +26,7 @@ from fedsplit import experiment
 from fedsplit.config import Config
 from fedsplit.progress import Silent
 from fedsplit.runtime import device
+from fedsplit.runtime.site import Site
 from fedsplit.types import FedsplitError, Job, Update
 
 LISTED = tomllib.loads((ROOT / "simulations" / "faults.toml").read_text())["stream"]
@@ -77,7 +78,7 @@ def test_devices_go_on_from_the_round_that_the_server_counted(tmp_path: Path) ->
 
 
 def test_a_device_that_lost_what_it_kept_says_so(tmp_path: Path) -> None:
-    def lost(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+    def lost(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
         for file in (site.state / "clients").rglob("*.safetensors"):
             file.write_bytes(b"dust")
         return device.work(config, job, given, site)
@@ -118,4 +119,4 @@ def test_a_client_of_another_device_is_refused(tmp_path: Path) -> None:
 )
 def test_a_node_config_that_cannot_be(config: dict[str, Any], message: str) -> None:
     with pytest.raises(FedsplitError, match=message):
-        device.Site.read(config)
+        Site.read(config)

@@ -22,6 +22,7 @@ from fedsplit import experiment
 from fedsplit.config import Config, resolve
 from fedsplit.front.cache import FrontCache
 from fedsplit.runtime import device, kept
+from fedsplit.runtime.site import Site
 from fedsplit.types import Job, Scalar, Update
 from fedsplit.world import world
 
@@ -84,7 +85,7 @@ def test_a_devices_front_outputs_stay_on_its_disk(tmp_path: Path, monkeypatch: p
         found[int(file.parent.name)].append(count := load(cache, file))
         return count
 
-    def spoil(config: Config, job: Job, given: device.Pass, site: device.Site) -> Update:
+    def spoil(config: Config, job: Job, given: device.Pass, site: Site) -> Update:
         [file] = (site.state / "outputs").rglob("*.npy")
         content = bytearray(file.read_bytes())
         content[-1] ^= 255
