@@ -74,7 +74,7 @@ def prepare(model: str, batches: Sequence[int], folder: Path) -> None:
     from PIL import Image
 
     from fedsplit.book import Book
-    from fedsplit.data.sources import load, own_pictures
+    from fedsplit.data.sources import own_pictures
     from fedsplit.front.models import input_size
     from fedsplit.runtime import half
     from fedsplit.wire.frame import pack
@@ -100,7 +100,7 @@ def prepare(model: str, batches: Sequence[int], folder: Path) -> None:
         plans[str(batch)] = Book(hollow).client_peak(0)
     (folder / "plan.json").write_text(json.dumps(plans))
     config = on_device(config, folder)
-    load(config.data, size)
+    world(config)  # deals, and decodes what the whole model's process reads
     own_pictures(config.data, folder, size, half.classes_of(folder / "half.safetensors"))
 
 
