@@ -63,7 +63,7 @@ class Pace:
     cut: float
 
 
-QUICK = Pace(20.0, 0.5, (5, 9), 0.05, 2.0, die=0.3, cut=0.5)
+QUICK = Pace(12.0, 0.5, (5, 9), 0.05, 2.0, die=0.3, cut=0.5)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="how long")
     parser.add_argument("--sessions", type=int, default=20, help="devices at once")
-    parser.add_argument("--quick", action="store_true", help="20 seconds, and shorter sessions")
+    parser.add_argument("--quick", action="store_true", help="12 seconds, and shorter sessions")
     parser.add_argument("--play", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
