@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit import local, personal, tables
+from fedsplit import local, personal, proof, tables
 from fedsplit.body import planner
 from fedsplit.client import plan_batches
 from fedsplit.config import Config
@@ -61,6 +61,7 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         fit.check(built)
         folder = RunFolder.create(config, root)
         state = folder.shelved(start(built))
+        folder.append(proof.TABLE, [proof.origin(built, state)])
         plot_partition(built.shards, built.data.train.labels, built.data.classes, folder.path / "partition.png")
     progress.begin(built, folder, state.round)
     loop = _Loop(config, built, folder, runner, progress)
@@ -217,7 +218,10 @@ class _Loop:
         self, number: int, outcome: Outcome, failures: list[Failure], quality: Quality | None, row: Mapping[str, Any]
     ) -> None:
         self.folder.append("clients", client_rows(number, outcome, failures))
-        self.folder.append("ledger", [{"round": number, **by_stream(outcome), **tables.raw_by_stream(outcome)}])
+        ledger = {"round": number, **by_stream(outcome), **tables.raw_by_stream(outcome)}
+        self.folder.append("ledger", [ledger])
+        if proven := self.folder.rows(proof.TABLE):  # a run that an earlier version began has no proof
+            self.folder.append(proof.TABLE, [proof.row(outcome, ledger, proven[-1]["chain"])])
         if quality is not None:
             self.folder.append("classes", class_rows(number, quality, self.world.data.classes))
         self.folder.append("units", unit_rows(self.world, number, outcome))

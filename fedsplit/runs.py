@@ -5,6 +5,7 @@ rounds.csv         a row a round          clients.csv   a row a client and round
 ledger.csv         bytes by stream, and what they would be without codecs
 classes.csv        accuracy by class
 units.csv          how often units of the model ran, where body.plans leaves some out
+proof.csv          what the run began with, and its weights and ledger by round, as a chain of digests
 choices.csv        what each controller chose a round, and what it brought
 personal.csv       a row a device: its own model at the end (with eval.per-client)
 summary.json       the figures            model.safetensors
@@ -37,7 +38,7 @@ from fedsplit.shelf import durable
 from fedsplit.types import FedsplitError, Scalar, Tensors
 from fedsplit.wire.frame import pack
 
-TABLES = ("rounds", "clients", "ledger", "classes", "units", "choices")
+TABLES = ("rounds", "clients", "ledger", "classes", "units", "choices", "proof")
 PACKAGES = ("fedsplit", "torch", "timm", "numpy", "peft", "flwr", "ray", "safetensors")
 
 

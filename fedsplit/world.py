@@ -163,8 +163,12 @@ def world(config: Config) -> World:
     Raises:
         FedsplitError: whatever is wrong with the config, the data or the model.
     """
-    local = {name for name in config.values if name in LOCAL_KEYS or name.startswith(LOCAL_SECTIONS)}
-    return _world(tuple(sorted((name, value) for name, value in config.values.items() if name not in local)))
+    return _world(tuple(sorted((name, value) for name, value in config.values.items() if not is_local(name))))
+
+
+def is_local(name: str) -> bool:
+    """Whether a key says where or how the work is run, and cannot change a result."""
+    return name in LOCAL_KEYS or name.startswith(LOCAL_SECTIONS)
 
 
 @lru_cache(maxsize=1)

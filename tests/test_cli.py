@@ -19,7 +19,21 @@ from fedsplit.places import PLACES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] != "pretrain")
-COMMANDS = ("run", "resume", "map", "plan", "audit", "keys", "doctor", "watch", "pretrain", "harden")
+COMMANDS = (
+    "run",
+    "resume",
+    "map",
+    "plan",
+    "audit",
+    "keys",
+    "doctor",
+    "certify",
+    "bundle",
+    "watch",
+    "verify",
+    "pretrain",
+    "harden",
+)
 TINY = """
 rounds = 1
 [data]

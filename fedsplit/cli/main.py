@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from fedsplit.cli import bundle, certify, device, watch
+from fedsplit.cli import bundle, certify, device, verify, watch
 from fedsplit.types import FedsplitError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `fedsplit --help` is quick
@@ -106,6 +106,7 @@ def build() -> argparse.ArgumentParser:
 
     certify.add(commands)
     bundle.add(commands)
+    verify.add(commands)
     watch.add(commands)
 
     pretrain = _add(commands, "pretrain", _pretrain, "train a small backbone from scratch on a folder of images")
