@@ -24,7 +24,7 @@ from unittest import mock
 from rich.console import Console
 from rich.table import Table
 
-from fedsplit import client
+from fedsplit.body import seat
 from fedsplit.body.service import LocalBody
 from fedsplit.config import Config, load
 from fedsplit.experiment import start
@@ -114,7 +114,7 @@ def rounds(config: Config, name: str) -> dict[str, Any]:
     built = world(config)
     state, clients = start(built), Loop(config)
     everything, device, flops = [], [], 0
-    with mock.patch.object(client, "LocalBody", Timed):
+    with mock.patch.object(seat, "LocalBody", Timed):
         for number in range(1, config.rounds + 1):
             updates: list[Any] = []
             Timed.seconds, begun = 0.0, time.process_time()
