@@ -76,6 +76,9 @@ def tiny(schedule: str, steps: int) -> Config:
     """Two rounds over three devices; one success is a quorum, since a killed process may take its neighbour along."""
     return resolve(
         {
+            "model.name": "fedsplit_nano",
+            "model.pretrained": False,
+            "cut.front": 1,
             "data.limit": 120,
             "data.test-limit": 40,
             "data.partition": "iid",
