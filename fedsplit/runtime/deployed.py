@@ -75,6 +75,8 @@ class Register:
         while True:
             self.ask(max(POLL_S, min(60.0, deadline - time.monotonic())))
             nodes = self.present()
+            if len({node.partitions for node in self._connected()}) > 1:
+                raise FedsplitError("The SuperNodes' node configs disagree on num-partitions; give all the same.")
             if nodes and len(nodes) >= (wanted or nodes[0].partitions):
                 return nodes
             if time.monotonic() > deadline:
@@ -86,20 +88,28 @@ class Register:
         return nodes
 
     def present(self) -> list[Node]:
-        """The devices whose SuperNode is connected, by number; of two that say the same the later one."""
-        here = self.look()
-        found = {node.partition: node for node in self._known.values() if node.id in here}
-        if len({node.partitions for node in found.values()}) > 1:
-            raise FedsplitError("The SuperNodes' node configs disagree on num-partitions; give all the same.")
+        """The devices whose SuperNode is connected, by number.
+
+        Who came first is believed while it is there: of two that say the same number, and in how many there are.
+        """
+        connected = self._connected()
+        found: dict[int, Node] = {}
+        for node in connected:
+            if node.partitions == connected[0].partitions:
+                found.setdefault(node.partition, node)
         return [found[number] for number in sorted(found)]
+
+    def _connected(self) -> list[Node]:
+        here = self.look()
+        return [node for node in self._known.values() if node.id in here]
 
     def ask(self, timeout_s: float) -> None:
         """Ask the nodes that are not known yet who they are, and wait for their answers."""
         new = [node for node in self.look() if node not in self._known]
         if not new:
             return
-        sent = self._grid.push_messages([Message(RecordDict(), node, HELLO) for node in new])
-        asked = dict(zip(sent, new, strict=True))
+        # One by one: of several, Flower leaves out the ids of those that it does not take.
+        asked = {name: node for node in new for name in self._grid.push_messages([Message(RecordDict(), node, HELLO)])}
         deadline = time.monotonic() + timeout_s
         while asked and time.monotonic() < deadline:
             for reply in self._grid.pull_messages(list(asked)):
@@ -116,6 +126,8 @@ class Register:
             fields = (said["partition"], said["partitions"], said["public-key"])
             if [type(field) for field in fields] != [int, int, bytes] or len(fields[2]) != 32:
                 raise TypeError("wrong types")
+            if not 0 <= fields[0] < fields[1]:
+                raise TypeError(f"number {fields[0]} of {fields[1]}")
         except (KeyError, TypeError) as error:
             log.warning("SuperNode %d introduced itself wrongly: %s", node, error)
             return

@@ -25,6 +25,20 @@ VALUES: dict[str, Scalar] = {
     "wire.activations-up": "half",
 }
 
+# The same over the smallest model: for what does not depend on depth.
+NANO: dict[str, Scalar] = {
+    **VALUES,
+    "model.name": "fedsplit_nano",
+    "model.pretrained": False,
+    "cut.front": 1,
+    "cut.tail": 1,
+    "rounds": 2,
+    "data.limit": 60,
+    "data.test-limit": 20,
+    "devices.count": 2,
+    "devices.per-round": 2,
+}
+
 
 # Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
 BODY: dict[str, Scalar] = {

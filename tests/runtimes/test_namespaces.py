@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from alike import ROOT, VALUES, assert_alike, in_process
+from alike import NANO, ROOT, assert_alike, in_process
 
 from fedsplit.config import resolve
 from fedsplit.types import Scalar
@@ -23,17 +23,8 @@ from drills.hosts import SERVER, Quality, hosts, inside, kinds
 
 LINKS = [Quality(2.5e6, 1.25e6, 0.010, 0.005), Quality(2.5e6, 1.25e6, 0.010, 0.005)]
 SMALL: dict[str, Scalar] = {
-    **VALUES,
-    "model.name": "fedsplit_nano",
-    "model.pretrained": False,
-    "cut.front": 1,
-    "cut.tail": 1,
-    "rounds": 2,
-    "data.limit": 60,
-    "data.test-limit": 20,
+    **NANO,
     "data.partition": "iid",
-    "devices.count": 2,
-    "devices.per-round": 2,
     "devices.down-bytes-per-s": LINKS[0].down_bytes_per_s,
     "devices.up-bytes-per-s": LINKS[0].up_bytes_per_s,
     "devices.latency-s": LINKS[0].latency_s,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from alike import BODY, ROOT, VALUES, assert_alike, in_process
+from alike import BODY, NANO, ROOT, assert_alike, in_process
 from PIL import Image
 
 sys.path.append(str(ROOT / "simulations"))
@@ -26,18 +26,6 @@ from fedsplit.runtime.site import Site
 from fedsplit.types import Job, Scalar, Update
 from fedsplit.world import world
 
-SMALL: dict[str, Scalar] = {
-    **VALUES,
-    "model.name": "fedsplit_nano",
-    "model.pretrained": False,
-    "cut.front": 1,
-    "cut.tail": 1,
-    "rounds": 2,
-    "data.limit": 60,
-    "data.test-limit": 20,
-    "devices.count": 2,
-    "devices.per-round": 2,
-}
 REMEMBER: dict[str, Scalar] = {**BODY, "eval.per-client": False, "cut.tail": 0}
 CONFIGS: dict[str, dict[str, Scalar]] = {
     "u-shape": {},
@@ -54,17 +42,17 @@ CONFIGS: dict[str, dict[str, Scalar]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_over_the_stream_is_as_in_process(name: str, tmp_path: Path) -> None:
-    values = {**SMALL, **CONFIGS[name]}
+    values = {**NANO, **CONFIGS[name]}
     in_process(resolve(values), tmp_path / "here")
     assert_alike([tmp_path / "here", streamed(values, tmp_path)])
 
 
 def test_devices_with_pictures_of_their_own(tmp_path: Path) -> None:
     """What the server would have dealt to a device, in a train.parquet that only the device has."""
-    config = resolve(SMALL)
+    config = resolve(NANO)
     in_process(config, tmp_path / "here")
     built = world(config)
-    with devices(SMALL, tmp_path) as fleet:
+    with devices(NANO, tmp_path) as fleet:
         fleet.own_data = True
         for client, shard in enumerate(built.shards):
             images = [{"bytes": _png(pixels)} for pixels in built.data.train.pixels[shard]]
@@ -76,7 +64,7 @@ def test_devices_with_pictures_of_their_own(tmp_path: Path) -> None:
 
 def test_a_devices_front_outputs_stay_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message has a process of its own, which finds what an earlier one computed, but for a damaged row."""
-    values = {**SMALL, "train": "tail", "cut.tail": 0, "model.dropout": 0.0, "rounds": 3}
+    values = {**NANO, "train": "tail", "cut.tail": 0, "model.dropout": 0.0, "rounds": 3}
     in_process(resolve(values), tmp_path / "here")
     found: dict[int, list[int]] = {0: [], 1: []}
     load = kept.load
