@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from fedsplit import plugins
 from fedsplit.places import PLACES, STUDIES, Place
 from fedsplit.settings import Settings
 from fedsplit.types import FedsplitError, Scalar, split_names
@@ -72,7 +73,12 @@ class Config(Settings):
 
 @cache
 def keys() -> Mapping[str, Key]:
-    """Every key, core first, then the pieces', in the order of their definition."""
+    """Every key, core first, then the pieces', in the order of their definition.
+
+    Raises:
+        FedsplitError: pieces of `FEDSPLIT_PIECES` that cannot be had.
+    """
+    plugins.from_environment()
     found = {key.name: key for key in _keys_of(Settings, "")}
     for place in (*PLACES, *STUDIES):
         for name, cls in place.pieces.items():

@@ -33,6 +33,7 @@ from typing import Any
 from fedsplit import checkpoints
 from fedsplit.checkpoints import sha256 as sha256
 from fedsplit.config import Config, load, to_toml
+from fedsplit.plugins import plugged
 from fedsplit.round import State
 from fedsplit.shelf import durable
 from fedsplit.types import FedsplitError, Scalar, Tensors
@@ -178,6 +179,7 @@ def provenance(config: Config) -> dict[str, Scalar]:
         "commit": commit(),
         "seed": config.seed,
         "threads": config.threads,
+        **({"pieces": own} if (own := plugged()) else {}),
     }
 
 

@@ -27,6 +27,7 @@ from fedsplit.types import FedsplitError, Scalar
 from fedsplit.wire import CODECS
 from fedsplit.world import world
 
+keys()  # registers what FEDSPLIT_PIECES names: your own piece under the contract of its place
 PIECES = {(place.prefix, name): cls for place in PLACES for name, cls in place.pieces.items()}
 CONFIGS = sorted(path for path in Path("configs").rglob("*.toml") if path.parts[1] not in ("pretrain", "devices"))
 TINY: dict[str, Scalar] = {
