@@ -31,7 +31,7 @@ demo: $(READY)
 
 test: lint
 	@echo "tests (all, $(WORKERS) at a time)"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	@echo "ruff, mypy"
