@@ -16,7 +16,7 @@ from fedsplit.body import planner
 from fedsplit.client import plan_batches
 from fedsplit.config import Config
 from fedsplit.control import steer
-from fedsplit.data.partitions import plot as plot_partition
+from fedsplit.data import partitions
 from fedsplit.devices import cohort, fit
 from fedsplit.metrics.quality import Quality, evaluate
 from fedsplit.progress import Progress, Silent
@@ -62,7 +62,9 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         folder = RunFolder.create(config, root)
         state = folder.shelved(start(built))
         folder.append(proof.TABLE, [proof.origin(built, state)])
-        plot_partition(built.shards, built.data.train.labels, built.data.classes, folder.path / "partition.png")
+        held = (built.shards, built.data.train.labels, built.data.classes)
+        folder.table("partition", partitions.table(*held))
+        partitions.plot(*held, folder.path / "partition.png")
     progress.begin(built, folder, state.round)
     loop = _Loop(config, built, folder, runner, progress)
     while state.round < config.rounds:

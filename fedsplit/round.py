@@ -70,6 +70,7 @@ class Outcome:
     lost: tuple[Lost, ...] = ()
     waited_s: float = 0.0
     profiles: Mapping[int, str] = field(default_factory=dict)
+    begins_s: float = 0.0
 
     @property
     def reports(self) -> list[Report]:
@@ -103,8 +104,9 @@ def run_round(world: World, state: State, attempt: int, runner: Runner, heard: L
     costs = tuple(settled.costs[update.client] for update in updates)
     profiles = {client: world.fleet[client].name for client in cohort.clients}
     return Outcome(
-        new, updates, tuple(desk.failures), costs, settled.whole, enough, settled.lost, cohort.waited_s, profiles
-    )
+        new, updates, tuple(desk.failures), costs, settled.whole, enough, settled.lost, cohort.waited_s, profiles,
+        begins_s=state.clock_s + cohort.waited_s,
+    )  # fmt: skip
 
 
 def quorum(world: World, cohort: Cohort) -> int:

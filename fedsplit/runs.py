@@ -3,7 +3,7 @@
 config.toml        every key, resolved; versions, commit, seed and threads in its head
 rounds.csv         a row a round          clients.csv   a row a client and round
 ledger.csv         bytes by stream, and what they would be without codecs
-classes.csv        accuracy by class
+classes.csv        accuracy by class      partition.csv   samples by device and class
 units.csv          how often units of the model ran, where body.plans leaves some out
 proof.csv          what the run began with, and its weights and ledger by round, as a chain of digests
 choices.csv        what each controller chose a round, and what it brought
@@ -114,16 +114,23 @@ class RunFolder:
         return state
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to `<table>.csv`; no rows make no file."""
+        """Add rows to `<table>.csv`, which keeps the columns that it has; no rows make no file."""
         if not rows:
             return
         file = self.path / f"{table}.csv"
-        fresh = not file.exists()
+        fresh = not file.exists() or not file.stat().st_size
+        names = list(rows[0]) if fresh else self._columns(file)
         with file.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(out, fieldnames=names, restval="", extrasaction="ignore")
             if fresh:
                 writer.writeheader()
             writer.writerows(rows)
+
+    @staticmethod
+    def _columns(file: Path) -> list[str]:
+        """Those of the version that began the run, which may be an earlier one."""
+        with file.open(newline="", encoding="utf-8") as source:
+            return next(csv.reader(source))
 
     def table(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `<table>.csv` anew, with these rows alone."""

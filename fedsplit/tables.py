@@ -156,11 +156,11 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
 def client_rows(number: int, outcome: Outcome, failures: Sequence[Failure]) -> list[dict[str, Any]]:
     """Rows of clients.csv: who took part, then who was lost on the way, then who failed otherwise and why."""
     rows = [
-        _client_row(number, update, cost, outcome.profiles)
+        _client_row(number, update, cost, outcome)
         for update, cost in zip(outcome.updates, outcome.costs, strict=True)
     ]
     empty = dict.fromkeys(rows[0], "") if rows else {}
-    rows += [{**empty, **_lost_row(number, lost, outcome.profiles)} for lost in outcome.lost]
+    rows += [{**empty, **_lost_row(number, lost, outcome)} for lost in outcome.lost]
     told = {(lost.client, lost.reason) for lost in outcome.lost}
     others = [failure for failure in failures if (failure.client, failure.reason) not in told]
     return rows + [{**empty, "round": number, "client": f.client, "failure": f.reason} for f in others]
@@ -223,31 +223,32 @@ def _mean(figures: Sequence[tuple[float | None, int]]) -> float | str:
     return sum(figure * weight for figure, weight in there) / sum(weight for _, weight in there) if there else ""
 
 
-def _lost_row(number: int, lost: Lost, profiles: Mapping[int, str]) -> dict[str, Any]:
+def _lost_row(number: int, lost: Lost, outcome: Outcome) -> dict[str, Any]:
     """What a client had sent, computed and cost that dropped out, or of which `late` says how far it came in time."""
     return {
         "round": number,
         "client": lost.client,
-        **_spent(lost.report, lost.cost, profiles[lost.client]),
+        **_spent(lost.report, lost.cost, outcome, lost.client),
         "failure": lost.reason,
         "late": "" if lost.reason else lost.fraction,
     }
 
 
-def _spent(report: Report, cost: Cost, profile: str) -> dict[str, Any]:
+def _spent(report: Report, cost: Cost, outcome: Outcome, client: int) -> dict[str, Any]:
     return {
         **{f"bytes_{name.replace('-', '_')}": report.bytes.get(name, 0) for name in STREAMS},
         "messages": report.messages,
         "client_flops": report.client_flops,
         "server_flops": report.server_flops,
-        "profile": profile,
+        "profile": outcome.profiles[client],
+        "begins_s": outcome.begins_s + cost.begins_s,
         **{name: getattr(cost, name) for name in PHASES},
         "virtual_s": cost.seconds,
         "energy_j": cost.joules,
     }
 
 
-def _client_row(number: int, update: Update, cost: Cost, profiles: Mapping[int, str]) -> dict[str, Any]:
+def _client_row(number: int, update: Update, cost: Cost, outcome: Outcome) -> dict[str, Any]:
     report = update.report
     return {
         "round": number,
@@ -263,7 +264,7 @@ def _client_row(number: int, update: Update, cost: Cost, profiles: Mapping[int, 
         "computed_samples": report.computed_samples,
         "personal_accuracy": "" if report.personal_accuracy is None else report.personal_accuracy,
         "personal_samples": report.personal_samples,
-        **_spent(report, cost, profiles[update.client]),
+        **_spent(report, cost, outcome, update.client),
         "client_peak_bytes": report.client_peak_bytes,
         "server_peak_bytes": report.server_peak_bytes,
         "stored_bytes": report.stored_bytes,

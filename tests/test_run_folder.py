@@ -101,7 +101,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files(done: Path) -> None:
     names = {file.name for file in done.iterdir()}
-    tables = {"rounds.csv", "clients.csv", "ledger.csv", "classes.csv", "proof.csv"}
+    tables = {"rounds.csv", "clients.csv", "ledger.csv", "classes.csv", "partition.csv", "proof.csv"}
     pictures = {"partition.png", "accuracy.png"}
     assert names == tables | pictures | {"config.toml", "summary.json", "model.safetensors", "checkpoint"}
     assert all((done / name).stat().st_size > 5000 for name in pictures)

@@ -27,7 +27,7 @@ from fedsplit.data.raw import missing_package
 from fedsplit.settings import Data
 from fedsplit.types import FedsplitError, Images
 
-__all__ = ["PARTITIONS", "deal", "hold_out", "long_tail", "plot"]
+__all__ = ["PARTITIONS", "deal", "hold_out", "long_tail", "plot", "table"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -208,4 +208,22 @@ def plot(parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Seque
     """
     from fedsplit.data.picture import draw
 
-    draw(np.stack([np.bincount(labels[part], minlength=len(classes)) for part in parts]), classes, Path(path))
+    draw(_counts(parts, labels, classes), classes, Path(path))
+
+
+def table(parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of partition.csv: how many samples of which class a device trains on; classes that it lacks are left out."""
+    counts = _counts(parts, labels, classes)
+    return [
+        {"device": device, "class": classes[number], "samples": samples}
+        for device, row in enumerate(counts.tolist())
+        for number, samples in enumerate(row)
+        if samples
+    ]
+
+
+def _counts(
+    parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """Samples by device and class."""
+    return np.stack([np.bincount(labels[part], minlength=len(classes)) for part in parts])

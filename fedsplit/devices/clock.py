@@ -16,7 +16,8 @@ class Cost:
     """What a client's round costs: `seconds` until its update is in, `joules` at the device.
 
     The phases follow one another: all of what it receives, computes and sends, the latency of its messages, the
-    server's work for it and the queue before that; then it is idle until the round ends.
+    server's work for it and the queue before that; then it is idle until the round ends. It begins `begins_s` after
+    the first of the round does.
     """
 
     seconds: float = 0.0
@@ -28,6 +29,7 @@ class Cost:
     server_s: float = 0.0
     queue_s: float = 0.0
     idle_s: float = 0.0
+    begins_s: float = 0.0
 
     @property
     def active_s(self) -> float:

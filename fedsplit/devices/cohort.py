@@ -115,7 +115,10 @@ def settle(world: World, cohort: Cohort, reports: Mapping[int, Report]) -> Settl
     rate = world.config.devices.server_flops_per_s
     costs = {client: clock.cost(told[client], profiles[client], rate) for client in reports}
     if world.config.server.schedule != "splitfed-v1":
-        lasts = sum((costs[client].seconds for client in cohort.clients if client in costs), 0.0)
+        lasts = 0.0
+        for client in (client for client in cohort.clients if client in costs):
+            costs[client] = replace(costs[client], begins_s=lasts)
+            lasts += costs[client].seconds
         count = [client for client in cohort.clients if client in costs and client not in drops]
         late: dict[int, float] = {}
     else:
