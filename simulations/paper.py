@@ -1,12 +1,16 @@
 """A paper's scoreboard: its method beside the baselines, and its claims beside our figures.
 
-    python simulations/paper.py METHOD|all [--data FOLDER] [--quick] [--out DIR]
+    python simulations/paper.py METHOD|all [--data FOLDER] [--quick] [--out DIR] [--record]
 
 Every arm, partition and seed is a run in a process and a folder of its own. With --out, runs that are
 there are taken as they are and interrupted ones go on: the same command again finishes a scoreboard.
 Without it nothing is kept. The tables are printed and, as Markdown, written to DIR/METHOD.md; the last
 line is JSON with rows, claims and minutes. Exit code 1: a run failed. Without --data the built-in digits
 are used: the claims are then judged on a far easier task than the paper's.
+
+--record keeps the verdicts, with the day and the commit of the runs behind each, in docs/scoreboard.json, and
+writes the tables of README.md and docs/scoreboard.md from it. "all" does so for every paper; METHOD "none" runs
+nothing and writes the tables alone, after a claim was reworded.
 
 On a GPU, --model NAME takes a larger backbone, e.g. vit_base_patch16_224: its weights come from timm's
 hub, or from a file by --set model.checkpoint=FILE; it then runs on the GPU if there is one (device=auto).
@@ -27,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from papers import PAPERS
+from papers import PAPERS, record
 from papers.figures import Results, claimed_on, judge, row
 from papers.scoreboard import Request, Run, Scoreboard, ablation_cells, main_cells, runs
 from papers.show import WIDTH, Sheet, table_of, table_of_claims
@@ -53,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         boards = chosen(options.method)
         with folder(options.out) as out:
-            return scoreboards(boards, request(options, out), options.jobs)
+            asked = request(options, out)
+            if options.record:
+                record.refuse(asked)
+            return scoreboards(boards, asked, options.jobs, options.record)
     except FedsplitError as error:
         print(f"paper.py: {error}", file=sys.stderr)
         return 2
@@ -70,13 +77,14 @@ def parser() -> argparse.ArgumentParser:
         minutes = "not measured yet" if board.minutes is None else f"{board.minutes:.0f} minutes"
         lines.append(f"  {name:<12} {board.title}: {minutes}")
     made = Parser(description=__doc__, epilog="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("method", metavar="METHOD", help=f"{', '.join(PAPERS)}, or all")
+    made.add_argument("method", metavar="METHOD", help=f"{', '.join(PAPERS)}, all, or none")
     made.add_argument("--quick", action="store_true", help="one seed, few images and arms: only shows that it works")
     made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
     made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
     made.add_argument("--only", choices=("main", "ablations"), default="", help="one of the two tables")
     made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
     made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
+    made.add_argument("--record", action="store_true", help="keep the verdicts in docs/scoreboard.json and the README")
     made.add_argument("--model", default="fedsplit_micro", metavar="NAME", help="backbone (fedsplit_micro)")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of every run")
     return made
@@ -88,12 +96,12 @@ def chosen(method: str) -> list[Scoreboard]:
     Raises:
         FedsplitError: there is none.
     """
-    known = [*PAPERS, "all"]
+    known = [*PAPERS, "all", "none"]
     if method not in known:
         close = difflib.get_close_matches(method, known, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise FedsplitError(f"No scoreboard is named '{method}'{hint}; known: {', '.join(known)}.")
-    return list(PAPERS.values()) if method == "all" else [PAPERS[method]]
+    return list(PAPERS.values()) if method == "all" else [board for name, board in PAPERS.items() if name == method]
 
 
 def request(options: argparse.Namespace, out: Path) -> Request:
@@ -136,11 +144,11 @@ def folder(out: str | None) -> Iterator[Path]:
     yield path
 
 
-def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
-    """Run, judge, print and write; returns the exit code.
+def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int, keep: bool = False) -> int:
+    """Run, judge, print and write, and record if `keep`; returns the exit code.
 
     Raises:
-        FedsplitError: whatever is wrong, before a run begins.
+        FedsplitError: whatever is wrong, before a run begins; or a page without a place for its table.
     """
     begun = time.monotonic()
     wanted = {board.name: runs(board, asked) for board in boards}
@@ -151,6 +159,7 @@ def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
     minutes = (time.monotonic() - begun) / 60
     rows: list[dict[str, Any]] = []
     claims: list[dict[str, Any]] = []
+    kept: list[record.Entry] = []
     for board in boards:
         each = Results.of(board, wanted[board.name], summaries)
         lost = {run.name: failed[run.name] for run in wanted[board.name] if run.name in failed}
@@ -162,6 +171,11 @@ def scoreboards(boards: Sequence[Scoreboard], asked: Request, jobs: int) -> int:
         show(board, asked, wanted[board.name][0], sheets, foot)
         rows += its_rows
         claims += its_claims
+        if not lost:
+            kept += record.entries(board, asked, wanted[board.name], its_claims)
+    if keep:
+        record.write(kept)
+        say(f"recorded {len(kept)} claims in {record.FILE}" + ("; of papers with failed runs none" if failed else ""))
     print(json.dumps({"rows": rows, "claims": claims, "minutes": round(minutes, 2)}))
     return 1 if failed else 0
 

@@ -221,7 +221,8 @@ def of_tables(folder: RunFolder, config: Config) -> dict[str, Any]:
     that runs forward only), over that of all in full.
     """
     rounds = folder.rows("rounds")
-    clients = [row for row in folder.rows("clients") if not (row["failure"] or row["late"])]
+    # Tables of runs before there was a clock with deadlines have no column 'late': nobody was.
+    clients = [row for row in folder.rows("clients") if not (row["failure"] or row.get("late"))]
     if not rounds:
         return {}
     worked: dict[str, float] = {}

@@ -153,7 +153,11 @@ def cell(figure: str, value: float | None) -> str:
 def bound(claim: Mapping[str, Any]) -> str:
     """What a claim allows, and the backbone that its number is published for."""
     figure, limit = claim["figure"], claim["claimed"]
-    shown = f"{limit:.1f} points" if figure == "accuracy_points" else cell(figure, limit)
+    shown = (
+        (f"{limit:.1f}" if limit == round(limit, 1) else f"{limit:g}") + " points"
+        if figure == "accuracy_points"
+        else cell(figure, limit)
+    )
     return f"{claim['relation']} {shown}" + (f", {claim['published_for']}" if claim["published_for"] else "")
 
 
@@ -162,6 +166,14 @@ def with_figure(figure: str, value: float | None, std: float | None) -> str:
     if figure == "accuracy_points" and value is not None:
         return with_spread(value, std, 1, "{:+.1f}") + " points"
     return cell(figure, value)
+
+
+def with_error(figure: str, value: float | None, std: float | None) -> str:
+    """Our figure with its spread over seeds, where that is a hundredth of it or more."""
+    text = with_figure(figure, value, std)
+    if figure == "accuracy_points" or value is None or std is None or std < 0.01 * abs(value):
+        return text
+    return f"{text} ± {100 * std if COLUMNS[figure][2] == '%' else std:.1g}" if std else text
 
 
 def with_spread(value: float | None, std: float | None, scale: float, form: str) -> str:

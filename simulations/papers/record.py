@@ -1,0 +1,264 @@
+"""The scoreboard that is kept: what was measured of every claim, and the tables that README and docs make of it.
+
+`docs/scoreboard.json` has an entry for every claim of `papers.PAPERS`, on every partition on which it is judged and
+every data set that was recorded; of those that nobody has recorded yet, one that says so. The tables between
+`<!-- scoreboard -->` and `<!-- end of scoreboard -->` in README.md and docs/scoreboard.md are made of that file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsplit.types import FedsplitError
+from papers import PAPERS
+from papers.figures import claimed_on
+from papers.scoreboard import Claim, Request, Run, Scoreboard, main_cells
+from papers.show import bound, with_error
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FILE = Path("docs/scoreboard.json")
+PAGES = ("README.md", "docs/scoreboard.md")
+BEGIN, END = "<!-- scoreboard -->", "<!-- end of scoreboard -->"
+NOT_RUN = "not run yet"
+
+Entry = dict[str, Any]
+
+
+def refuse(request: Request) -> None:
+    """What is never recorded.
+
+    Raises:
+        FedsplitError: the command line asks for it.
+    """
+    if request.quick:
+        raise FedsplitError("--quick only shows that it works and is never recorded; leave out --quick or --record.")
+    if request.only == "ablations":
+        raise FedsplitError(
+            "--only ablations judges no claim, so there is nothing to record; leave out one of the two."
+        )
+
+
+def entries(board: Scoreboard, asked: Request, runs: Sequence[Run], claims: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """An entry a judged claim, as `papers.figures.judge` has it; date and commit are those of its runs."""
+    made = []
+    for claim in claims:
+        its = next(c for c in board.claims if c.text == claim["claim"])
+        behind = [r for r in runs if r.partition == claim["partition"] and r.arm in (its.arm, its.against)]
+        date, commit = when(behind)
+        made.append(
+            _entry(board, its, claim["partition"])
+            | {name: claim[name] for name in ("ours", "ours_std", "seeds", "holds", "verdict")}
+            | {"data": data_word(asked), "scale": scale_words(behind[0], asked), "command": command(board, asked)}
+            | {"date": date, "commit": commit}
+        )
+    return made
+
+
+def _entry(board: Scoreboard, claim: Claim, partition: str) -> Entry:
+    """The claim itself, not measured."""
+    bounds = (("≥", claim.low), (">", claim.above), ("≤", claim.high))
+    relation, published = next((sign, limit) for sign, limit in bounds if limit is not None)
+    return {
+        "method": board.name,
+        "paper": board.title,
+        "claim": claim.text,
+        "partition": board.partition(partition).title,
+        "source": claim.source,
+        "figure": claim.figure,
+        "relation": relation,
+        "claimed": published,
+        "published_for": claim.published_for,
+        "ours": None,
+        "ours_std": None,
+        "seeds": 0,
+        "holds": None,
+        "verdict": NOT_RUN,
+        "data": "",
+        "scale": "",
+        "command": f"python simulations/paper.py {board.name} --data FOLDER",
+        "date": "",
+        "commit": "",
+    }
+
+
+def when(runs: Iterable[Run]) -> tuple[str, str]:
+    """The UTC day on which the last of the runs ended, and the commits that their run folders name."""
+    days: list[str] = []
+    commits: dict[str, None] = {}
+    for run in runs:
+        path = Path(run.config.out)
+        days.append(datetime.fromtimestamp((path / "summary.json").stat().st_mtime, UTC).date().isoformat())
+        for line in (path / "config.toml").read_text(encoding="utf-8").splitlines():
+            if line.startswith("# commit:"):
+                commits[_short(line.partition(":")[2].strip())] = None
+    return max(days, default=""), ", ".join(name for name in commits if f"{name}+" not in commits)
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + ("+" if commit.endswith("+") else "")
+
+
+def data_word(asked: Request) -> str:
+    """The name of the data: that of the folder, or digits."""
+    return Path(asked.data).name if asked.data else "digits"
+
+
+def scale_words(run: Run, asked: Request) -> str:
+    """How large the runs are."""
+    config = run.config
+    images = f"{config.data.limit:,} images, " if config.data.limit else ""
+    classes = f"{config.data.classes} classes, " if config.data.classes else ""
+    a_round = config.devices.per_round or "all"
+    return f"{asked.model}, {classes}{images}{config.devices.count} devices, {a_round} a round, {config.rounds} rounds"
+
+
+def command(board: Scoreboard, asked: Request) -> str:
+    """The command of the table, without what changes no figure; folders by their names alone."""
+    words = ["python", "simulations/paper.py", board.name]
+    words += ["--data", data_word(asked)] if asked.data else []
+    words += ["--only", asked.only] if asked.only else []
+    words += ["--seeds", str(asked.seeds)] if asked.seeds != 3 else []
+    words += ["--model", asked.model] if asked.model != "fedsplit_micro" else []
+    for pair in asked.pairs:
+        key, _, value = pair.partition("=")
+        words += ["--set", f"{key}={Path(value).name if value.startswith('/') else value}"]
+    return shlex.join(words)
+
+
+def merged(kept: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """The entries with new ones in place of those of the same claim, partition and data; exactly the boards' claims.
+
+    What no board claims any more is gone; a claim that has no measured entry has one that says so.
+    """
+    found: dict[tuple[str, str, str], dict[str, Entry]] = {}
+    for entry in (*kept, *new):
+        if entry["verdict"] != NOT_RUN:
+            found.setdefault((entry["method"], entry["claim"], entry["partition"]), {})[entry["data"]] = entry
+    every: list[Entry] = []
+    for board in PAPERS.values():
+        cells = main_cells(board, Request(Path()))
+        for claim in board.claims:
+            for partition in claimed_on(claim, cells):
+                blank = _entry(board, claim, partition)
+                its = found.get((board.name, claim.text, blank["partition"]), {}).values()
+                # What the claim says is the board's, also where it was recorded before the board changed.
+                said = {name: blank[name] for name in ("paper", "source", "published_for")}
+                every += [entry | said for entry in its if _same_bound(entry, blank)] or [blank]
+    return every
+
+
+def _same_bound(entry: Entry, blank: Entry) -> bool:
+    return all(entry[name] == blank[name] for name in ("figure", "relation", "claimed"))
+
+
+def read(root: Path = REPOSITORY) -> list[Entry]:
+    """The entries of the checked-in file; none where there is no file."""
+    file = root / FILE
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
+
+
+def write(new: Iterable[Entry] = (), root: Path = REPOSITORY) -> None:
+    """Put new entries into the file, and write the tables of all pages anew.
+
+    Raises:
+        FedsplitError: a page has no place for its table.
+    """
+    every = merged(read(root), new)
+    pages = {name: placed((root / name).read_text(encoding="utf-8"), table, name) for name, table in tables(every)}
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in every)
+    (root / FILE).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    for name, text in pages.items():
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def placed(text: str, table: str, name: str) -> str:
+    """The page with its table between the two markers.
+
+    Raises:
+        FedsplitError: it does not have each of them once.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise FedsplitError(f"{name} needs one '{BEGIN}' and, below it, one '{END}'.")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def tables(every: Sequence[Entry]) -> list[tuple[str, str]]:
+    """The pages and their tables."""
+    return [("README.md", short_table(every)), ("docs/scoreboard.md", long_tables(every))]
+
+
+def short_table(every: Sequence[Entry]) -> str:
+    """A row a claim, on the first data set of its paper; partitions share a row."""
+    first: dict[str, str] = {}
+    for entry in every:
+        first.setdefault(entry["method"], entry["data"])
+    rows: dict[tuple[str, str], list[Entry]] = {}
+    for entry in every:
+        if entry["data"] == first[entry["method"]]:
+            rows.setdefault((entry["method"], entry["claim"]), []).append(entry)
+    lines = ["| paper | claim | published | ours | verdict | command | date, commit |", "|---|---|---|---|---|---|---|"]
+    for (method, claim), its in rows.items():
+        one = its[0]
+        origin = ", ".join(filter(None, (one["date"], one["commit"])))
+        lines.append(
+            f"| {one['paper'].partition(' (')[0] or method} | {claim} | {bound(one)} | {_cells(its, _ours)} | "
+            f"{_cells(its, _verdict)} | `{one['command']}` | {origin or '-'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cells(its: Sequence[Entry], text: Any) -> str:
+    if len(its) == 1 or all(entry["verdict"] == NOT_RUN for entry in its):
+        return str(text(its[0]))
+    return "<br>".join(f"{entry['partition']}: {text(entry)}" for entry in its)
+
+
+def long_tables(every: Sequence[Entry]) -> str:
+    """A section a paper, a table a data set: with partitions, seeds, and where a claim comes from."""
+    parts: list[str] = []
+    groups: dict[str, dict[str, list[Entry]]] = {}
+    for entry in every:
+        groups.setdefault(entry["paper"], {}).setdefault(entry["data"], []).append(entry)
+    for paper, by_data in groups.items():
+        parts.append(f"## {paper}\n")
+        texts = list(dict.fromkeys(entry["claim"] for its in by_data.values() for entry in its))
+        for data, its in by_data.items():
+            scales = "; ".join(dict.fromkeys(entry["scale"] for entry in its))
+            parts.append(f"**{data}**: {scales}.\n" if data else f"**{NOT_RUN.capitalize()}**\n")
+            parts += [f"    {text}" for text in dict.fromkeys(entry["command"] for entry in its)]
+            parts.append("\n| | claim | partition | published | ours | seeds | verdict | date, commit |")
+            parts.append("|---|---|---|---|---|---|---|---|")
+            parts += [_row(texts.index(entry["claim"]) + 1, entry) for entry in its]
+            parts.append("")
+        sources = {entry["claim"]: entry["source"] for its in by_data.values() for entry in its}
+        numbers: dict[str, list[str]] = {}
+        for number, text in enumerate(texts, 1):
+            numbers.setdefault(sources[text], []).append(str(number))
+        parts += ["Where the claims come from:\n"]
+        parts += [f"- {', '.join(its)}: {source}." for source, its in numbers.items()] + [""]
+    return "\n".join(parts)
+
+
+def _row(number: int, entry: Entry) -> str:
+    origin = ", ".join(filter(None, (entry["date"], entry["commit"]))) or "-"
+    cells = (number, entry["claim"], entry["partition"], bound(entry), _ours(entry), entry["seeds"] or "-")
+    return f"| {' | '.join(map(str, (*cells, _verdict(entry), origin)))} |"
+
+
+def _ours(entry: Entry) -> str:
+    return with_error(entry["figure"], entry["ours"], entry["ours_std"])
+
+
+def _verdict(entry: Entry) -> str:
+    """The verdict, a miss in bold; and whether the distance to the bound is within the spread over seeds."""
+    if entry["ours"] is None:
+        return str(entry["verdict"])
+    spread = entry["ours_std"] or 0.0
+    close = ", within the spread" if 0 < abs(entry["ours"] - entry["claimed"]) <= spread else ""
+    return f"{entry['verdict'] if entry['holds'] else '**' + entry['verdict'] + '**'}{close}"
