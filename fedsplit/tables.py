@@ -156,8 +156,7 @@ def round_row(built: World, outcome: Outcome, quality: Quality | None, failures:
 def client_rows(number: int, outcome: Outcome, failures: Sequence[Failure]) -> list[dict[str, Any]]:
     """Rows of clients.csv: who took part, then who was lost on the way, then who failed otherwise and why."""
     rows = [
-        _client_row(number, update, cost, outcome)
-        for update, cost in zip(outcome.updates, outcome.costs, strict=True)
+        _client_row(number, update, cost, outcome) for update, cost in zip(outcome.updates, outcome.costs, strict=True)
     ]
     empty = dict.fromkeys(rows[0], "") if rows else {}
     rows += [{**empty, **_lost_row(number, lost, outcome)} for lost in outcome.lost]

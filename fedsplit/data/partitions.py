@@ -222,8 +222,6 @@ def table(parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Sequ
     ]
 
 
-def _counts(
-    parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Sequence[str]
-) -> npt.NDArray[np.int64]:
+def _counts(parts: Sequence[Indices], labels: npt.NDArray[np.int64], classes: Sequence[str]) -> npt.NDArray[np.int64]:
     """Samples by device and class."""
     return np.stack([np.bincount(labels[part], minlength=len(classes)) for part in parts])
