@@ -58,7 +58,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "[2/3] torch"
 	@$(PIP) setuptools torch
 	@echo "[3/3] fedsplit and what it needs (a few minutes the first time)"
-	@$(PIP) --editable '.[simulation,audit,lora,knapsack,dev]'
+	@$(PIP) --editable '.[simulation,audit,lora,knapsack,track,dev]'
 	@touch $@
 
 clean:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit import local, personal, proof, tables
+from fedsplit import local, personal, proof, tables, track
 from fedsplit.body import planner
 from fedsplit.client import plan_batches
 from fedsplit.config import Config
@@ -50,12 +50,14 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
     if config.resume:
         folder, stored = RunFolder.open(config.resume)
         config = stored.replace(rounds=max(stored.rounds, config.rounds))
+        track.check(config)
         built = world(config)
         check(config, built)
         state = folder.restore(start(built))
         if config.rounds > stored.rounds:
             folder.note(config)
     else:
+        track.check(config)
         built = world(config)
         check(config, built)
         fit.check(built)
@@ -66,16 +68,18 @@ def run(config: Config, runner: Runner, *, root: Path = Path("runs"), progress: 
         folder.table("partition", partitions.table(*held))
         partitions.plot(*held, folder.path / "partition.png")
     progress.begin(built, folder, state.round)
-    loop = _Loop(config, built, folder, runner, progress)
-    while state.round < config.rounds:
-        state = loop.round(state)
-        if state.round % config.engine.checkpoint_every == 0 or state.round == config.rounds:
-            folder.save(state)
-    if config.eval.per_client:
-        folder.table("personal", own_models(built, state, folder.rows("clients")))
-    built.load(state.model)
-    summary = summarise(config, built, folder)
-    folder.finish(summary, built.model_state(), built.backbone.metadata)
+    with track.opened(config, folder.path, state.round) as trackers:
+        loop = _Loop(config, built, folder, runner, progress, trackers)
+        while state.round < config.rounds:
+            state = loop.round(state)
+            if state.round % config.engine.checkpoint_every == 0 or state.round == config.rounds:
+                folder.save(state)
+        if config.eval.per_client:
+            folder.table("personal", own_models(built, state, folder.rows("clients")))
+        built.load(state.model)
+        summary = summarise(config, built, folder)
+        folder.finish(summary, built.model_state(), built.backbone.metadata)
+        trackers.summary(summary)
     draw(config, folder)
     progress.end(summary, folder)
     return folder.path
@@ -142,6 +146,7 @@ class _Loop:
     folder: RunFolder
     runner: Runner
     progress: Progress
+    trackers: track.Trackers
 
     def round(self, state: State) -> State:
         """One round, repeated while it stays below the quorum, with its rows written."""
@@ -227,5 +232,7 @@ class _Loop:
         if quality is not None:
             self.folder.append("classes", class_rows(number, quality, self.world.data.classes))
         self.folder.append("units", unit_rows(self.world, number, outcome))
-        self.folder.append("choices", choice_rows(self.config, number, outcome.state.control))
+        choices = choice_rows(self.config, number, outcome.state.control)
+        self.folder.append("choices", choices)
         self.folder.append("rounds", [row])
+        self.trackers.round(row, ledger, choices)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit import attacks, body, control, data, devices, front, share, tail, wire
+from fedsplit import attacks, body, control, data, devices, front, share, tail, track, wire
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,8 @@ PLACES: tuple[Place, ...] = (
     Place("optimizer.schedule", "control", control.SCHEDULES, single=True),
     Place("devices.availability", "devices", devices.AVAILABILITY, single=True),
 )
-# What a study does with a finished run: no part of a run, and of no influence on it.
-STUDIES: tuple[Place, ...] = (Place("audit.attacks", "audit", attacks.ATTACKS),)
+# What is done with a run: no part of it, and of no influence on it.
+STUDIES: tuple[Place, ...] = (
+    Place("audit.attacks", "audit", attacks.ATTACKS),
+    Place("track", "track", track.TRACKERS),
+)

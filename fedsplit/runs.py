@@ -10,6 +10,7 @@ choices.csv        what each controller chose a round, and what it brought
 personal.csv       a row a device: its own model at the end (with eval.per-client)
 summary.json       the figures            model.safetensors
 checkpoint/        the state after the last rounds
+tensorboard/       event files (with track=tensorboard)
 clients/           what clients wrote down, and the server's notes on them: files that checkpoints refer to
 """
 

@@ -271,6 +271,7 @@ class Settings:
     out: str = knob("", "run folder; empty is runs/<time>-<name>, under the user's home for flwr run")
     resume: str = knob("", "run folder to continue")
     train: str = knob("all", "what trains: all, front, body, tail, head, norms, biases, lora, prompts; comma-separated")
+    track: str = knob("", "who is told of every round beside the CSV files: tensorboard; comma-separated names of fedsplit.track.TRACKERS; empty is nobody")
     device: str = knob("cpu", "where tensors live: cpu, cuda or auto", choices=("cpu", "cuda", "auto"))
     compile: str = knob("", "backend of torch.compile for blocks that run whole, e.g. inductor; results differ in the last bits; empty is off")
     threads: int = knob(1, "torch threads of every process; results depend on it", low=1)

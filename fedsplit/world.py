@@ -40,7 +40,7 @@ from fedsplit.wire.codec import MOST_VALUES, Codecs, Tap
 from fedsplit.wire.link import Link
 
 DEFAULT_DEVICES = 10
-LOCAL_KEYS = ("out", "resume", "name", "eval.every")
+LOCAL_KEYS = ("out", "resume", "name", "eval.every", "track")
 LOCAL_SECTIONS = ("engine.", "link.", "audit.", "harden.")
 # Worlds of other choices that are kept at a time: those of a round, in which each is asked for more than once.
 MOST_STEERED = 256

@@ -36,6 +36,7 @@ OPTIONAL = (
     "pyarrow",
     "ray",
     "sklearn",
+    "tensorboard",
 )
 
 

@@ -30,7 +30,8 @@ def test_a_deployment_is_as_one_process(tmp_path: Path) -> None:
     in_process(config, tmp_path / "here")
     half.save(config, tmp_path / "half.safetensors")
     with local_net(ROOT, 2, node_config={"half": str(tmp_path / "half.safetensors")}, home=tmp_path / "net") as net:
-        net.run({**VALUE, "out": str(tmp_path / "run")})
+        net.run({**VALUE, "out": str(tmp_path / "run"), "track": "tensorboard"})
+        assert (tmp_path / "run" / "tensorboard").is_dir()
         assert_alike([tmp_path / "here", tmp_path / "run"])
         kept = sorted(path.parent.name for path in (tmp_path / "net").glob("device-*/clients/*/*.safetensors"))
         assert set(kept) == {"000000", "000001", "000002"}

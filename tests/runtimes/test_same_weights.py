@@ -53,7 +53,7 @@ def test_plain_flwr_run_with_a_toml_file(tmp_path: Path) -> None:
     """The command of the README, word by word, on ports and a Flower home of its own; clients remember and plan."""
     values = {**VALUES, **BODY}
     in_process(resolve(values), tmp_path / "here")
-    (tmp_path / "study.toml").write_text(to_toml({**values, "out": str(tmp_path / "run")}))
+    (tmp_path / "study.toml").write_text(to_toml({**values, "out": str(tmp_path / "run"), "track": "tensorboard"}))
     with superlink.private_home() as home, no_process_left() as mark:
         env = superlink.environment(home, mark, {})
         ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
@@ -64,4 +64,5 @@ def test_plain_flwr_run_with_a_toml_file(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "run" / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-1000:]
     assert_alike([tmp_path / "here", tmp_path / "run"])
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1, "the tracker is of no influence"
     assert "round   2" in done.stdout, "progress shows in the stream"
