@@ -15,9 +15,8 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import paper
@@ -26,6 +25,7 @@ from papers.scoreboard import Arm, Partition, Request, Scoreboard, Sizes, runs
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.report.figures.tradeoff import Point, drawn, unbeaten
 from fedsplit.types import FedsplitError
 
 # Defence -> list key, and its strengths from weak to strong as pairs.
@@ -142,7 +142,7 @@ def study(points: Scoreboard, asked: Request, jobs: int) -> int:
         writer.writeheader()
         writer.writerows(rows)
     if rows:
-        plot(rows, asked.out / "pareto.png")
+        drawn([as_point(row) for row in rows]).save(asked.out / "pareto.png")
     show(rows)
     for name, why in failed.items():
         print(f"Failed: {name}: {why}")
@@ -173,18 +173,14 @@ def point(results: Results, arm: Arm) -> dict[str, Any] | None:
 
 
 def undominated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `front`: no other is at least as good in accuracy, SSIM and client FLOPs, and better in one."""
+    """The rows with `front`: whether no other is safer, more accurate and cheaper for clients."""
+    return [{**row, "front": best} for row, best in zip(rows, unbeaten([as_point(row) for row in rows]), strict=True)]
 
-    def figures(row: dict[str, Any]) -> tuple[float, float, float]:
-        return -row["accuracy"], row["worst_ssim"], row["client_flops"]
 
-    def beaten(row: dict[str, Any]) -> bool:
-        mine = figures(row)
-        return any(
-            all(a <= b for a, b in zip(figures(other), mine, strict=True)) and figures(other) != mine for other in rows
-        )
-
-    return [{**row, "front": not beaten(row)} for row in rows]
+def as_point(row: Mapping[str, Any]) -> Point:
+    """A row as a point of the picture."""
+    figures = (float(row[name]) for name in ("accuracy", "worst_ssim", "client_flops"))
+    return Point(str(row["defence"]), str(row["cut"]), *figures)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -199,27 +195,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['client_flops'] / 1e9:.1f}", f"{row['bytes'] / 1e6:.1f}", "*" if row["front"] else "",
         )  # fmt: skip
     Console(width=110).print(table)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against worst SSIM; colours are defences, numbers cut depths, rings undominated points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, defence in enumerate(dict.fromkeys(row["defence"] for row in rows)):
-        mine = [row for row in rows if row["defence"] == defence]
-        x, y = [row["worst_ssim"] for row in mine], [100 * row["accuracy"] for row in mine]
-        axes.scatter(x, y, color=f"C{number}", label=defence, s=28)
-        for row, a, b in zip(mine, x, y, strict=True):
-            axes.annotate(str(row["cut"]), (a, b), xytext=(4, 3), textcoords="offset points", fontsize=7)
-            if row["front"]:
-                axes.scatter([a], [b], facecolors="none", edgecolors="0.2", s=90)
-    axes.axvline(0.3, color="0.6", lw=0.8, ls="--")
-    axes.set(xlabel="worst-attack SSIM (low is safer; dashed: 0.3)", ylabel="accuracy (%)")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

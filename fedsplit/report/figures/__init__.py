@@ -7,9 +7,11 @@ figure, without pyplot). It raises `fedsplit.report.Absent`, with a sentence, wh
 from __future__ import annotations
 
 from fedsplit.report.figures.body import choices, plans
+from fedsplit.report.figures.crossing import crossing
 from fedsplit.report.figures.data import classes, partition, personal
 from fedsplit.report.figures.fleet import gantt, phases
 from fedsplit.report.figures.privacy import audit, reconstructions
+from fedsplit.report.figures.tradeoff import tradeoff
 from fedsplit.report.figures.training import accuracy, compare, ledger
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "choices",
     "classes",
     "compare",
+    "crossing",
     "gantt",
     "ledger",
     "partition",
@@ -25,4 +28,5 @@ __all__ = [
     "phases",
     "plans",
     "reconstructions",
+    "tradeoff",
 ]
