@@ -81,22 +81,19 @@ def _column_mean(rows: Sequence[Mapping[str, str]], name: str) -> float | None:
 
 def draw(config: Config, folder: RunFolder) -> Path:
     """Plot test accuracy against rounds and against bytes, and what controllers chose; returns the first's path."""
-    from matplotlib.figure import Figure
+    from fedsplit.report import style
 
     rows = [row for row in folder.rows("rounds") if row["accuracy"]]
     accuracy = [100 * float(row["accuracy"]) for row in rows]
     sent = np.cumsum([float(row["bytes_up"]) + float(row["bytes_down"]) for row in folder.rows("rounds")]) / 1e6
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.plot([int(row["round"]) for row in rows], accuracy, marker="o", color="#0072B2")
-    right.plot([sent[int(row["round"]) - 1] for row in rows], accuracy, marker="o", color="#D55E00")
-    left.set(xlabel="round", ylabel="test accuracy (%)")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    right.set(xlabel="bytes on the wire, all clients, both ways (MB)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    picture = style.picture()
+    left, right = picture.subplots(1, 2, sharey=True)
+    left.plot([int(row["round"]) for row in rows], accuracy, **style.look(0))
+    right.plot([sent[int(row["round"]) - 1] for row in rows], accuracy, **style.look(0))
+    style.dress(left, x="round", y="test accuracy (%)", whole="x")
+    style.dress(right, x="bytes on the wire, all clients, both ways (MB)")
     path = folder.path / "accuracy.png"
-    figure.savefig(path, dpi=150)
+    picture.save(path)
     draw_choices(config, folder)
     return path
 

@@ -107,7 +107,7 @@ def save(folder: Path, findings: Findings, found: Mapping[str, Any], devices: Se
 
 def grid(path: Path, findings: Findings, attacks: Sequence[Mapping[str, Any]]) -> None:
     """Draw originals and reconstructions, an attack a row, with the SSIM of each; the seed is the most successful."""
-    from matplotlib.figure import Figure
+    from fedsplit.report import style
 
     place = findings.scene
     count = min(SHOWN, len(place.ids))
@@ -120,17 +120,17 @@ def grid(path: Path, findings: Findings, attacks: Sequence[Mapping[str, Any]]) -
     for result in findings.results:
         if result.attack in best and result.seed == best[result.attack][1]:
             shown.append((result.attack, result.found, result.seed))
-    figure = Figure(figsize=(1.1 * count + 1.2, 1.3 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), count, squeeze=False)
+    picture = style.picture(1.1 * count + 1.2, 1.3 * len(shown))
+    axes = picture.subplots(len(shown), count, squeeze=False)
     for line, (name, images, seed) in zip(axes, shown, strict=True):
         for at, axis in enumerate(line):
             axis.imshow(images[at].permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             title = f"sample {place.ids[at]}" if seed is None else f"{ssim[name, seed, int(place.ids[at])]:.2f}"
-            axis.set_title(title, fontsize=7, pad=2)
-        line[0].set_ylabel(name, fontsize=8)
-    figure.suptitle("Reconstructions and their SSIM (low is safer)", fontsize=9)
-    figure.savefig(path, dpi=130)
+            axis.set_title(title, fontsize=style.SMALL, pad=2)
+        line[0].set_ylabel(name, fontsize=style.SMALL)
+    picture.suptitle("Reconstructions and their SSIM (low is safer)", fontsize=style.NORMAL)
+    picture.save(path)
 
 
 def _directed(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,14 +115,15 @@ class Bandit:
 
         Colours are device groups, markers shapes; a hollow marker was not the best known arm.
         """
-        from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
-        colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+        from fedsplit.report import style
+
+        colours = style.COLOURS
         markers = dict(zip(SHAPES, "^so*", strict=True))
         table = sorted(rows, key=lambda row: (int(row["group"]), int(row["round"])))
-        figure = Figure(figsize=(9, 5.2), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
+        picture = style.picture(height=5.2)
+        upper, lower = picture.subplots(2, 1, sharex=True)
         groups = sorted({int(row["group"]) for row in table})
         for group in groups:
             mine, colour = [row for row in table if int(row["group"]) == group], colours[group % len(colours)]
@@ -135,18 +136,15 @@ class Bandit:
                 upper.plot(place, float(row["rate"]), **look)
                 if row["reward"] not in ("", None):
                     lower.plot(place, 100 * float(row["reward"]), **look)
-        upper.set(ylabel="dropped blocks (fraction)")
-        lower.set(xlabel="round", ylabel="reward: accuracy gain\n(% points per virtual s)")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        style.dress(upper, y="dropped blocks (fraction)")
+        style.dress(lower, x="round", y="reward: accuracy gain\n(% points per virtual s)", whole="x")
         handles = [Line2D([], [], color=colours[g % len(colours)], label=f"group {g}") for g in groups]
         used = [shape for shape in SHAPES if any(row["shape"] == shape for row in table)]
         grey: dict[str, Any] = {"color": "0.4", "ls": ""}
         handles += [Line2D([], [], marker=markers[shape], label=shape, **grey) for shape in used]
         handles.append(Line2D([], [], marker="o", mfc="white", label="hollow: explored", **grey))
-        figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False)
-        for axes in (upper, lower):
-            axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
+        style.legend(picture, 6, loc="outside upper center", handles=handles)
+        picture.save(path)
         return path
 
     def _choose(self, known: Sequence[Mapping[str, Any]], round: int, group: int, stream: int) -> dict[str, Any]:

@@ -88,19 +88,19 @@ class ByKind:
 
     def draw(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         """Plot how many clients of each kind took part in every round; returns `path`."""
-        from matplotlib.figure import Figure
+        from fedsplit.report import style
 
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axes: Any = figure.subplots()
+        picture = style.picture(7.0)
+        axes: Any = picture.subplots()
         rounds = sorted({int(row["round"]) for row in rows})
         below = [0] * len(rounds)
-        for kind in sorted({str(row["kind"]) for row in rows}):
+        for place, kind in enumerate(sorted({str(row["kind"]) for row in rows})):
             counts = [sum(row["kind"] == kind and int(row["round"]) == number for row in rows) for number in rounds]
-            axes.bar(rounds, counts, bottom=below, label=kind)
+            axes.bar(rounds, counts, bottom=below, label=kind, color=style.COLOURS[place % len(style.COLOURS)])
             below = [low + count for low, count in zip(below, counts, strict=True)]
-        axes.set(xlabel="round", ylabel="clients")
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=150)
+        style.dress(axes, x="round", y="clients", grid="y", whole="xy")
+        style.legend(axes)
+        picture.save(path)
         return path
 
 

@@ -21,20 +21,20 @@ def rows_of(memory: Mapping[str, Any], round: int) -> list[dict[str, Any]]:
 
 def scatter(rows: Iterable[Mapping[str, Any]], column: str, label: str, path: Path) -> Path:
     """Plot one column of choices.csv (text or values) over rounds: a dot a client, a line for their mean."""
-    from matplotlib.figure import Figure
+    from fedsplit.report import style
 
     table = [(int(row["round"]), float(row[column])) for row in rows]
     means: dict[int, list[float]] = {}
     for round, value in table:
         means.setdefault(round, []).append(value)
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes: Any = figure.subplots()
-    axes.plot([round for round, _ in table], [value for _, value in table], "o", ms=4, alpha=0.5, color="#0072B2")
+    picture = style.picture(7.0)
+    axes: Any = picture.subplots()
+    dots = {"ms": 4, "alpha": 0.5, "color": style.COLOURS[0]}
+    axes.plot([round for round, _ in table], [value for _, value in table], "o", **dots)
     ordered = sorted(means)
-    axes.plot(ordered, [sum(means[round]) / len(means[round]) for round in ordered], color="#D55E00", label="mean")
-    axes.set(xlabel="round", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    mean = [sum(means[round]) / len(means[round]) for round in ordered]
+    axes.plot(ordered, mean, color=style.COLOURS[1], label="mean")
+    style.dress(axes, x="round", y=label, whole="x")
+    style.legend(axes)
+    picture.save(path)
     return path

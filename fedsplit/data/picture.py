@@ -28,7 +28,7 @@ def figure(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> Picture:
     from fedsplit.report import style
 
     devices, total = counts.shape
-    made = style.picture(min(16.0, max(6.0, 3.0 + 0.3 * total)), min(10.0, max(3.5, 1.5 + 0.28 * devices)))
+    made = style.picture(style.WIDE, min(10.0, max(3.5, 1.5 + 0.28 * devices)))
     grid, bars = made.subplots(1, 2, sharey=True, width_ratios=(5, 1))
     shown = np.ma.masked_equal(counts, 0)
     # LogNorm needs two distinct ends.
@@ -47,8 +47,6 @@ def figure(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> Picture:
         grid.set_xticks(range(total), classes, rotation=60 if long else 0, ha="right" if long else "center")
     if devices <= READABLE:
         grid.set_yticks(range(devices))
-    # One shape, since ten thousand bars take longer than a round.
-    edges = np.arange(devices + 1) - 0.5
-    bars.stairs(counts.sum(axis=1), edges, orientation="horizontal", fill=True, color=style.COLOURS[0])
+    style.bars(bars, counts.sum(axis=1), style.tint(style.COLOURS[0], 0.75), READABLE)
     bars.tick_params(axis="x", rotation=60)
     return made

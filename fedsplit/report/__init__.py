@@ -20,7 +20,20 @@ except ModuleNotFoundError as error:
         raise
     raise FedsplitError("Reports need matplotlib and jinja2: pip install 'fedsplit[simulation]'.") from error
 from fedsplit.report.groups import Group, groups, overview
-from fedsplit.report.reading import Absent, Run, Table, load, load_all
+from fedsplit.report.reading import Absent, Run, load, load_all
 from fedsplit.report.style import Picture
+from fedsplit.report.table import Table, read_table
 
-__all__ = ["Absent", "Group", "Picture", "Run", "Table", "figures", "groups", "load", "load_all", "overview"]
+__all__ = [
+    "Absent",
+    "Group",
+    "Picture",
+    "Run",
+    "Table",
+    "figures",
+    "groups",
+    "load",
+    "load_all",
+    "overview",
+    "read_table",
+]

@@ -90,14 +90,14 @@ def as_groups(runs: Run | Group | Sequence[Run | Group]) -> list[Group]:
 def differing(members: Sequence[Sequence[Run]]) -> list[str]:
     """The keys, sorted, whose values differ between groups of runs."""
     names = sorted({name for group in members for name in group[0].config if _counts(name)})
-    return [name for name in names if len({_value(group[0], name) for group in members}) > 1]
+    return [name for name in names if len({key_of(group[0], name) for group in members}) > 1]
 
 
 def _identity(run: Run, by: Sequence[str]) -> Any:
     if by:
-        return tuple(_value(run, name) for name in by)
+        return tuple(key_of(run, name) for name in by)
     defaults = keys()
-    changed = ((name, _value(run, name)) for name in sorted(run.config) if _counts(name))
+    changed = ((name, key_of(run, name)) for name in sorted(run.config) if _counts(name))
     # A key that an earlier version did not have is as good as one at its default.
     return tuple((name, value) for name, value in changed if name not in defaults or value != defaults[name].default)
 
@@ -106,7 +106,8 @@ def _counts(name: str) -> bool:
     return name not in SEEDS and not is_local(name)
 
 
-def _value(run: Run, name: str) -> Any:
+def key_of(run: Run, name: str) -> Any:
+    """A config key of a run; where its version lacked the key, today's default."""
     known = keys().get(name)
     return run.config.get(name, known.default if known else None)
 
@@ -119,9 +120,7 @@ def _labels(members: Sequence[Sequence[Run]], by: Sequence[str]) -> list[str]:
     names = [group[0].name for group in members]
     if len(differ) > MOST_NAMED and len(set(names)) == len(names):
         return names
-    labels = [
-        ", ".join(f"{name}={_shown(_value(group[0], name))}" for name in differ[:MOST_NAMED]) for group in members
-    ]
+    labels = [", ".join(f"{name}={brief(key_of(group[0], name))}" for name in differ[:MOST_NAMED]) for group in members]
     if len(set(labels)) < len(labels):
         labels = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
     counts: dict[str, int] = {}
@@ -131,7 +130,8 @@ def _labels(members: Sequence[Sequence[Run]], by: Sequence[str]) -> list[str]:
     return labels
 
 
-def _shown(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A config value in a label or a table: short."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -23,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SCALE = "cividis"
 INK, MUTED, FAINT = "#1f2933", "#66707a", "#d9dee3"
 SMALL, NORMAL, LARGE = 9, 10, 11.5
-WIDE, HALF = 10.0, 5.2
+WIDE, HALF = 10.0, 4.9
 PAGE_DPI, FILE_DPI = 144, 150
 MEGA, GIGA = 1e6, 1e9
 
@@ -40,7 +40,7 @@ class Picture(Figure):
     def png(self, dpi: int = PAGE_DPI) -> bytes:
         """The picture as a PNG file, the same bytes for the same picture."""
         buffer = io.BytesIO()
-        self.savefig(buffer, dpi=dpi, format="png", metadata={"Software": None})
+        self.canvas.print_figure(buffer, dpi=dpi, format="png", facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
 
     def save(self, path: Path) -> None:
@@ -108,6 +108,14 @@ def heat(axes: Any, values: npt.NDArray[Any], label: str, low: float = 0.0, high
     bar.ax.tick_params(labelsize=SMALL, color=FAINT, labelcolor=INK)
     bar.outline.set_visible(False)
     return image
+
+
+def bars(axes: Any, values: npt.NDArray[Any], colour: Any, most: int = 60) -> None:
+    """Horizontal bars at 0, 1, ...; of more than `most` one shape, since ten thousand bars take longer than a round."""
+    if len(values) <= most:
+        axes.barh(range(len(values)), values, height=0.8, color=colour)
+    else:
+        axes.stairs(values, np.arange(len(values) + 1) - 0.5, orientation="horizontal", fill=True, color=colour)
 
 
 def ticks(axes: Any, names: Sequence[object], which: str = "x", most: int = 24) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from fedsplit.report import style
-from fedsplit.report.reading import Absent, Run, Table
+from fedsplit.report.reading import Absent, Run
+from fedsplit.report.table import Table
 
 MOST_PANELS = 4
 MOST_LINES = 7
@@ -15,13 +16,13 @@ MOST_TEXTS = 12
 # Columns of choices.csv that say whose a row is, or that are drawn otherwise.
 PLACES = ("controller", "round", "group", "client", "explored")
 LABELS = {
-    "rate": "dropped blocks (fraction)",
-    "gain": "accuracy gain (fraction)",
-    "reward": "reward (accuracy gain per virtual s)",
-    "seconds": "seconds (virtual)",
+    "rate": "dropped blocks\n(fraction)",
+    "gain": "accuracy gain\n(fraction)",
+    "reward": "reward (accuracy\ngain per virtual s)",
+    "seconds": "duration\n(virtual s)",
     "keep": "keep (fraction)",
     "batch": "batch (samples)",
-    "predicted_s": "predicted time (s)",
+    "predicted_s": "predicted time\n(virtual s)",
     "uplink": "uplink (bytes/s)",
 }
 
@@ -99,7 +100,9 @@ def choices(run: Run, controller: str = "") -> style.Picture:
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         style.legend(made, min(8, len(labels)), loc="outside upper center", handles=handles)
-    made.alt = f"Choices over rounds of {', '.join(LABELS.get(column, column) for column in columns)}"
+    made.alt = f"Choices over rounds of {', '.join(LABELS.get(column, column) for column in columns)}".replace(
+        "\n", " "
+    )
     return made
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsplit.report import style
-from fedsplit.report.reading import Run
+from fedsplit.report.reading import Absent, Run
+from fedsplit.types import FedsplitError
 
 Floats = npt.NDArray[np.float64]
 
@@ -17,18 +18,22 @@ def crossing(run: Run, count: int = 6) -> style.Picture:
     """Images above what crosses the cut of them: patch tokens by their principal components, and by their size.
 
     The first three principal components of all tokens shown are red, green and blue, a pixel a patch; then the
-    Euclidean norm of each token, and, where gradients for patch tokens go up, theirs. The samples are those that an
-    audit attacks; they go over the wire once more, through codecs and defences, with the run's weights.
+    Euclidean norm of each token, and, where gradients go up that tell patches apart, theirs. The samples are those
+    that an audit attacks; they go over the wire once more, through codecs and defences, with the run's weights.
 
     Raises:
-        FedsplitError: the run has not ended, or sends no activations.
+        Absent: the run has not ended, or sends no activations.
     """
     from fedsplit import audit
     from fedsplit.audit.scene import scene
     from fedsplit.front.guard import patch_grid
 
-    target = audit.of_run(run.path, "quick", [f"audit.victims={count}", "audit.uploads=1", "audit.auxiliary=none"])
-    seen = scene(target.built)
+    pairs = [f"audit.victims={count}", "audit.uploads=1", "audit.auxiliary=none"]
+    try:
+        target = audit.of_run(run.path, "quick", pairs)
+        seen = scene(target.built)
+    except FedsplitError as error:
+        raise Absent(f"Its activations cannot be seen again. {error}".rstrip(".") + ".") from None
     grid, skip = patch_grid(target.built.backbone.vit), seen.transcript.tokens
     tokens = seen.transcript.last[:, skip:].double().numpy()
     rows: list[tuple[str, Floats]] = [("image, stays", seen.originals.permute(0, 2, 3, 1).double().numpy())]
@@ -39,7 +44,7 @@ def crossing(run: Run, count: int = 6) -> style.Picture:
     gradients = seen.transcript.gradients
     if gradients is not None and gradients.shape[2] - skip == grid[0] * grid[1]:
         sizes = _size(gradients[-1][:, skip:].double().numpy())
-        if sizes.any():  # a tail that reads the class token alone has gradients for no other
+        if np.ptp(sizes, axis=1).max() > 1e-6 * sizes.max():  # those of a mean of all patches are all the same
             rows.append(("gradients up", _on(sizes, grid)))
     return _grid_of(rows, run)
 
@@ -60,7 +65,8 @@ def components(tokens: Floats) -> Floats:
 
 def _size(tokens: Floats) -> Floats:
     """The norm of tokens (S, N, C), as (S, N)."""
-    return np.linalg.norm(tokens, axis=-1)
+    norms: Floats = np.linalg.norm(tokens, axis=-1)
+    return norms
 
 
 def _on(values: Floats, grid: tuple[int, int]) -> Floats:

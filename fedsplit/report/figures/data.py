@@ -59,8 +59,7 @@ def classes(run: Run) -> style.Picture:
     style.dress(grid, "over rounds", x="round", y="class", grid="")
     style.ticks(grid, rounds, "x", 16)
     last = 100 * np.nan_to_num(right[:, -1])
-    edges = np.arange(len(names) + 1) - 0.5
-    bars.stairs(last, edges, orientation="horizontal", fill=True, color=style.tint(style.COLOURS[0], 0.75))
+    style.bars(bars, last, style.tint(style.COLOURS[0], 0.75))
     whole = run.figure("accuracy")
     if whole is not None:
         bars.axvline(100 * whole, color=style.COLOURS[1], linewidth=1.8, label=f"all classes, {100 * whole:.1f} %")

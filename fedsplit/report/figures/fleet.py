@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from fedsplit.report import style
-from fedsplit.report.reading import Absent, Run, Table
+from fedsplit.report.reading import Absent, Run
+from fedsplit.report.table import Table
 
-MOST_CLIENTS, MOST_ROUNDS, MOST_KINDS = 40, 12, 7
+MOST_CLIENTS, MOST_ROUNDS, LEAST_ROUNDS, MOST_KINDS = 40, 12, 3, 7
 # How the phases of clients.csv are drawn: name, columns, how much of the profile's colour; None is grey.
 PARTS = (
     ("receives", ("download_s",), 0.45),
@@ -33,9 +34,9 @@ def gantt(run: Run, rounds: int = MOST_ROUNDS, clients: int = MOST_CLIENTS) -> s
     table = _clocked(run)
     begins = _begins(run, table)
     number, client = table.numbers("round"), table.numbers("client")
-    everyone = sorted({int(c) for c in client})
+    first = number <= _last(number, client, rounds, clients)
+    everyone = sorted({int(c) for c in client[first]})
     shown = everyone[:clients]
-    first = number <= sorted(set(number))[: max(1, rounds)][-1]
     kinds = _kinds(table)
     made = style.picture(style.WIDE, min(11.0, 1.9 + 0.24 * len(shown)))
     axes: Any = made.subplots()
@@ -73,12 +74,12 @@ def phases(run: Run) -> style.Picture:
     done = np.zeros(len(kinds))
     for name, columns, share in PARTS:
         spent = _spent(table, columns)
-        means = np.array([np.nanmean(spent[mine == kind]) for kind in kinds])
+        means = np.array([np.mean(spent[mine == kind]) for kind in kinds])
         colours = [WAITING[name] if share is None else style.tint(c, share) for c in kinds.values()]
         left.barh(at, means, left=done, height=0.7, color=colours, edgecolor="white", linewidth=0.4)
         done = done + means
-    joules = table.numbers("energy_j")
-    right.barh(at, [np.nanmean(joules[mine == kind]) for kind in kinds], height=0.7, color=list(kinds.values()))
+    joules = np.nan_to_num(table.numbers("energy_j"))
+    right.barh(at, [np.mean(joules[mine == kind]) for kind in kinds], height=0.7, color=list(kinds.values()))
     counts = [len({c for c, k in zip(table.text("client"), mine, strict=True) if k == kind}) for kind in kinds]
     left.set_yticks(at, [f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True)])
     left.invert_yaxis()
@@ -89,6 +90,17 @@ def phases(run: Run) -> style.Picture:
         f"{kind} {total:,.3g} s a round" for kind, total in zip(kinds, done, strict=True)
     )
     return made
+
+
+def _last(number: Any, client: Any, rounds: int, clients: int) -> float:
+    """The last round that is drawn: fewer where other clients take part in every one, but not under three."""
+    seen: set[float] = set()
+    every = sorted(set(number))[: max(1, rounds)]
+    for count, each in enumerate(every):
+        seen |= set(client[number == each])
+        if count >= LEAST_ROUNDS and len(seen) > clients:
+            return float(every[count - 1])
+    return float(every[-1])
 
 
 def _clocked(run: Run) -> Table:
@@ -163,9 +175,9 @@ def _legend(made: style.Picture, kinds: dict[str, str], lost: bool) -> None:
 
 
 def _left_out(shown: int, clients: int, last: int, rounds: int) -> str:
-    words = [f"clients {shown} of {clients}"] if shown < clients else []
-    words += [f"rounds {last} of {rounds}"] if last < rounds else []
-    return f"Shown are the first {' and the first '.join(words)}." if words else ""
+    words = [f"the first {shown} of the {clients} clients that took part"] if shown < clients else []
+    words += [f"rounds up to {last} of {rounds}"] if last < rounds else []
+    return f"Shown are {' and '.join(words)}." if words else ""
 
 
 def _cell(table: Table, name: str, row: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from fedsplit.report import style
 from fedsplit.report.reading import Absent, Run
 
+ACROSS = 6.5  # inches of the grid: its images are small
 NOT_AUDITED = "The run was not audited: fedsplit audit RUN writes RUN/audit."
 
 
@@ -53,7 +54,7 @@ def reconstructions(run: Run) -> style.Picture:
         raise Absent(NOT_AUDITED)
     pixels = imread(file)
     height, width = pixels.shape[:2]
-    made = style.picture(style.WIDE, style.WIDE * height / width)
+    made = style.picture(ACROSS, ACROSS * height / width)
     made.set_layout_engine("none")
     axes: Any = made.add_axes((0, 0, 1, 1))
     axes.imshow(pixels, interpolation="lanczos")

@@ -14,6 +14,7 @@ from fedsplit.report.reading import Absent, Run
 
 MOST_LINES = 21
 MOST_MARKED = 40
+CHARACTERS = 11  # of a legend, an inch
 Floats = npt.NDArray[np.float64]
 # What accuracy is drawn against: columns of rounds.csv that are summed, axis, divisor, why there may be none.
 AGAINST: dict[str, tuple[tuple[str, ...], str, float, str]] = {
@@ -52,19 +53,25 @@ def accuracy(
     for number, (group, (x, mean, low, high)) in enumerate(lines[:MOST_LINES]):
         wider = max(0, min(4, len(lines)) - 1 - number)  # lines that coincide are all seen
         how = style.look(number) | ({"marker": ""} if len(x) > MOST_MARKED else {})
-        how |= {"linewidth": how["linewidth"] + 1.3 * wider, "markersize": how["markersize"] + 1.3 * wider}
+        how |= {"linewidth": how["linewidth"] + wider, "markersize": how["markersize"] + wider}
         axes.plot(x / unit, 100 * mean, label=group.name, **how)
         if len(group.runs) > 1:
             axes.fill_between(x / unit, 100 * low, 100 * high, color=how["color"], alpha=0.18, linewidth=0)
     style.dress(axes, x=label, y="test accuracy (%)", whole="" if columns else "x")
     if len(lines) > 1 or len(lines[0][0].runs) > 1:
-        style.legend(made, columns=1 if len(lines) < 3 else 2, loc="outside lower center")
+        style.legend(made, columns=_columns([group for group, _ in lines], width), loc="outside lower center")
     made.alt = f"Line plot of test accuracy in percent against {label}: " + "; ".join(
         f"{group.name} ends at {100 * line[1][-1]:.1f} %" for group, line in lines[:MOST_LINES]
     )
     if len(lines) > MOST_LINES:
         made.note = f"The first {MOST_LINES} of {len(lines)} groups are drawn."
     return made
+
+
+def _columns(found: Sequence[Group], width: float) -> int:
+    """Of a legend below a picture `width` inches wide."""
+    longest = max(len(group.name) for group in found[:MOST_LINES])
+    return 2 if len(found) > 2 and 2 * longest < CHARACTERS * width else 1
 
 
 def _line(group: Group, columns: Sequence[str]) -> tuple[Floats, Floats, Floats, Floats] | None:
@@ -162,7 +169,7 @@ def compare(
     units = {name: (f"{title} ({unit})" if unit else title, by) for name, title, unit, by in COMPARED}
     found = [(g, a, b) for g in as_groups(runs) if (a := g.figure(x)) and (b := g.figure(y))]
     if not found:
-        raise Absent(f"No run has both {x} and {y}.")
+        raise Absent(f"No run has both figures, {units[x][0]} and {units[y][0]}.")
     made = style.picture(width, 3.6 + 0.2 * ((min(len(found), MOST_LINES) - 1) // 2))
     axes: Any = made.subplots()
     for number, (group, across, up) in enumerate(found[:MOST_LINES]):
@@ -171,7 +178,7 @@ def compare(
         axes.errorbar(across[0] / units[x][1], up[0] / units[y][1], **bars, **how, label=group.name)
     style.dress(axes, x=units[x][0], y=units[y][0])
     axes.margins(0.12)
-    style.legend(made, columns=2 if len(found) > 2 else 1, loc="outside lower center")
+    style.legend(made, columns=_columns([group for group, *_ in found], width), loc="outside lower center")
     made.alt = f"Scatter plot of {units[y][0]} against {units[x][0]}, a point for each of {len(found)} groups"
     made.note = f"The first {MOST_LINES} of {len(found)} groups are drawn." if len(found) > MOST_LINES else ""
     return made
