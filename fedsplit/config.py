@@ -108,6 +108,15 @@ def load(files: Iterable[str | Path] = (), pairs: Iterable[str] = ()) -> Config:
     return resolve(_read(keys(), files, pairs))
 
 
+def read_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` pairs by the types of their keys; checked when they are resolved.
+
+    Raises:
+        FedsplitError: what is no pair.
+    """
+    return _read(keys(), (), pairs)
+
+
 def load_as(kind: type[T], files: Iterable[str | Path] = (), pairs: Iterable[str] = ()) -> T:
     """Like `load`, for another dataclass of knobs (`fedsplit pretrain` has its own keys)."""
     known = {key.name: key for key in _keys_of(kind, "")}
@@ -122,7 +131,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FedsplitError(f"Cannot read the config file {path}: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FedsplitError(f"{path} is not valid TOML: {error}.") from None
-    return dict(_flatten(document))
+    return dict(flatten(document))
 
 
 def to_toml(values: Mapping[str, Scalar]) -> str:
@@ -241,10 +250,11 @@ def _parse(key: Key | None, text: str) -> Any:
         return text
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested tables, and their values."""
     for name, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -18,10 +18,13 @@ from fedsplit.config import keys, load
 from fedsplit.places import PLACES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] != "pretrain")
+FILES = sorted(
+    file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] not in ("pretrain", "studies")
+)
 COMMANDS = (
     "run",
     "resume",
+    "sweep",
     "map",
     "plan",
     "audit",

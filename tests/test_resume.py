@@ -25,7 +25,7 @@ from fedsplit.runtime.inprocess import Loop
 from fedsplit.types import Scalar
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OTHERS = ("pretrain", "devices")  # keys of another command; fragments
+OTHERS = ("pretrain", "devices", "studies")  # keys of another command; fragments; grids
 FILES = sorted(file for file in CONFIGS.glob("**/*.toml") if file.relative_to(CONFIGS).parts[0] not in OTHERS)
 TINY: dict[str, Scalar] = {
     "data.limit": 60,

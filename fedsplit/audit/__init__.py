@@ -46,7 +46,7 @@ def of_run(path: str | Path, suite_name: str, pairs: Sequence[str] = ()) -> Targ
     for pair in pairs:
         if not pair.startswith("audit."):
             raise FedsplitError(f"--set {pair}: a run is audited as it ran; only keys of 'audit.' can be set.")
-    config = _with(config, suite_name, pairs)
+    config = asked(config, suite_name, pairs)
     built = _world(config)
     state = read_weights(weights)
     names = set(built.backbone.vit.state_dict())
@@ -63,7 +63,7 @@ def of_config(files: Sequence[str], suite_name: str, pairs: Sequence[str] = ()) 
         FedsplitError: whatever is wrong with it.
     """
     config = load(files, pairs)
-    built = _world(_with(config, suite_name, [pair for pair in pairs if pair.startswith("audit.")]))
+    built = _world(asked(config, suite_name, [pair for pair in pairs if pair.startswith("audit.")]))
     built.load(built.initial)
     return Target(built, ", ".join(files), ())
 
@@ -102,9 +102,9 @@ def _world(config: Config) -> World:
     return replace(world(config), config=config)
 
 
-def _with(config: Config, suite_name: str, pairs: Sequence[str]) -> Config:
+def asked(config: Config, suite_name: str, pairs: Sequence[str]) -> Config:
     """`config` with the keys of a suite, then the pairs."""
-    asked = load((), pairs).values
+    given = load((), pairs).values
     said = {pair.partition("=")[0].strip() for pair in pairs}
-    values = {**suite(suite_name), **{name: asked[name] for name in said}}
+    values = {**suite(suite_name), **{name: given[name] for name in said}}
     return config.replace(**{name.replace(".", "__").replace("-", "_"): value for name, value in values.items()})

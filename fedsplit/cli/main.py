@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from fedsplit.cli import bundle, certify, device, verify, watch
+from fedsplit.cli import bundle, certify, device, report, sweep, verify, watch
 from fedsplit.types import FedsplitError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `fedsplit --help` is quick
@@ -57,6 +57,8 @@ def build() -> argparse.ArgumentParser:
     resume.add_argument("--rounds", type=int, help="go on to this many rounds in all")
     resume.add_argument("--workers", type=int, help="processes that run clients")
     resume.add_argument("--quiet", action="store_true", help="print only the run folder's path")
+
+    sweep.add(commands)
 
     picture = _add(commands, "map", _map, "draw the data path with the pieces that a config puts on it")
     picture.add_argument("config", nargs="?", help="TOML file; the defaults if left out")
@@ -106,6 +108,7 @@ def build() -> argparse.ArgumentParser:
 
     certify.add(commands)
     bundle.add(commands)
+    report.add(commands)
     verify.add(commands)
     watch.add(commands)
 

@@ -11,27 +11,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedsplit import audit, harden
+from fedsplit import harden
 from fedsplit.config import resolve
-from fedsplit.runs import RunFolder
+from fedsplit.sweep import work
+from fedsplit.sweep.folders import worst as found
 from fedsplit.types import FedsplitError, Scalar
 from papers.scoreboard import Run
 
 Say = Callable[[str], None]
 SUITE = "quick"
-
-
-class Silent:
-    """Nobody follows."""
-
-    def attack(self, name: str, seed: int, total: int) -> None:
-        """Nothing."""
-
-    def step(self, what: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 def prepare(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
@@ -54,20 +42,11 @@ def attack(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
         Why it failed, by the runs' names.
     """
     tasks = {
-        run.name: (_audit, run.config.out, run.audit)
+        run.name: (work.attack, run.config.out, SUITE, run.audit)
         for run in runs
         if run.audit and (Path(run.config.out) / "summary.json").is_file() and not found(Path(run.config.out))
     }
     return _each(tasks, jobs, "audited", say)
-
-
-def found(path: Path) -> Mapping[str, Any]:
-    """The figures of the audit in run folder `path`; empty where there is none."""
-    file = path / "audit" / "audit.json"
-    if not file.is_file():
-        return {}
-    document = json.loads(file.read_text(encoding="utf-8"))
-    return {name: value for name, value in document.items() if name.startswith("worst_")}
 
 
 def _each(tasks: Mapping[str, tuple[Any, ...]], jobs: int, word: str, say: Say) -> dict[str, str]:
@@ -96,7 +75,4 @@ def _harden(values: Mapping[str, Scalar]) -> str:
     return f"accuracy {100 * card['after']['accuracy']:.1f} %" if "after" in card else "done"
 
 
-def _audit(path: str, pairs: Sequence[str]) -> str:
-    target = audit.of_run(path, SUITE, pairs)
-    found = audit.run(target, RunFolder(Path(path)).path / "audit", {}, Silent())
-    return f"worst SSIM {found['worst_ssim']:.3f} ({found['worst_attack']})"
+__all__ = ["attack", "found", "prepare"]

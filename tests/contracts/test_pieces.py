@@ -29,7 +29,9 @@ from fedsplit.world import world
 
 keys()  # registers what FEDSPLIT_PIECES names: your own piece under the contract of its place
 PIECES = {(place.prefix, name): cls for place in PLACES for name, cls in place.pieces.items()}
-CONFIGS = sorted(path for path in Path("configs").rglob("*.toml") if path.parts[1] not in ("pretrain", "devices"))
+CONFIGS = sorted(
+    path for path in Path("configs").rglob("*.toml") if path.parts[1] not in ("pretrain", "devices", "studies")
+)
 TINY: dict[str, Scalar] = {
     "data.limit": 60,
     "data.test-limit": 20,
