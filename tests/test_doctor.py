@@ -197,3 +197,15 @@ def test_the_mend_does_nothing_without_torchvision(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compat, "_kept", [])
     monkeypatch.setattr(compat, "_find", lambda package: None)
     assert compat.mend_torchvision() is False
+
+
+@pytest.mark.parametrize(
+    ("there", "told"), [({"prometheus_client"}, True), ({"prometheus_client", "opencensus"}, False)]
+)
+def test_half_of_rays_dashboard_is_told(monkeypatch: pytest.MonkeyPatch, there: set[str], told: bool) -> None:
+    real = machine.importlib.util.find_spec
+    dashboard = ("prometheus_client", "opencensus")
+    find = lambda name: (real("json") if name in there else None) if name in dashboard else real(name)  # noqa: E731
+    monkeypatch.setattr(machine.importlib.util, "find_spec", find)
+    said = [check.mend for check in machine.ray() if not check.ok]
+    assert any("pip uninstall prometheus_client" in mend for mend in said) is told

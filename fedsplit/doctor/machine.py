@@ -113,13 +113,16 @@ def flower() -> Iterator[Check]:
 
 
 def ray() -> Iterator[Check]:
-    """Ray's executable, and the folder of its sessions."""
+    """Ray's executable, the folder of its sessions, and half of its dashboard, with which 2.55 does not start."""
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:
         return  # the packages' checks say so
     raylet = Path(spec.origin).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     if sys.platform == "linux" and not os.access(raylet, os.X_OK):
         yield Check("Ray", "error", "its raylet is missing or not executable", "pip install --force-reinstall ray")
+    if importlib.util.find_spec("prometheus_client") and not importlib.util.find_spec("opencensus"):
+        said = "prometheus_client is installed (JupyterLab brings it) without the rest of Ray's dashboard: it times out"
+        yield Check("Ray", "error", said, "pip uninstall prometheus_client, or pip install 'ray[default]'.")
     sessions = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
     yield _folder("Ray's sessions", sessions, "error", "set RAY_TMPDIR to a short path that can be written.")
 
