@@ -77,12 +77,12 @@ BOARD = Scoreboard(
     notes=(
         "The target, fixed beforehand, is 0.9 of the last accuracy of full precision on the same seed. All arms "
         "average uniformly, as Caesar does.",
-        "Ten steps a round for all; Caesar's batches have at most the 16 samples that are the others'. Top-k and QSGD "
-        "send changes, of which both ends keep the reference.",
+        "Ten steps a round for all (on a folder of images five); Caesar's batches have at most the 16 samples that "
+        "are the others'. Top-k and QSGD send changes, of which both ends keep the reference.",
         "Virtual seconds are modelled: Jetson Nano, TX2 and AGX Orin by the profiles of configs/devices, with jitter.",
     ),
     sizes=Sizes(
-        images=("rounds=60", "data.limit=20000", "data.test-limit=1000"),
+        images=("rounds=40", "local.max-steps=5", "data.limit=20000", "data.test-limit=1000"),
         digits=("devices.count=20", "devices.per-round=5", "rounds=20"),
         quick=("devices.count=8", "devices.per-round=4", "rounds=3", "data.limit=240", "data.test-limit=100",
                "local.max-steps=2"),

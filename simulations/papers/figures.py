@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.config import Config
 from fedsplit.runs import RunFolder
+from fedsplit.sweep.table import mean, spread
 from papers.scoreboard import Claim, Run, Scoreboard
 
 LAST = 5  # rounds whose personalised accuracy counts: few clients, with few samples each, are tested in one
@@ -99,16 +99,6 @@ class Results:
         return [measure(own, base, self.target) for own, base in pairs if own is not None and base is not None]
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
-    return statistics.fmean(values) if values else None
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation (n - 1); None of fewer than two."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
 def compute(summary: Summary) -> float:
     """FLOPs of clients and server, all rounds."""
     return float(summary["client_flops"] + summary["server_flops"])
@@ -185,12 +175,13 @@ def holds(claim: Claim, ours: float) -> bool:
 
 
 def verdict(claim: Claim, ours: float, bound: float) -> str:
-    """'holds', or by how much it is missed: as a factor for ratios and speed-ups, in points for accuracy."""
+    """'holds', or by how much it is missed: as a factor for ratios and speed-ups, else as a difference."""
     if holds(claim, ours):
         return "holds"
     if claim.figure.endswith(("_ratio", "_speedup")):
         return f"missed: {ours / bound:.3g} times the claim"
-    return f"missed by {abs(ours - bound):.2f} points"
+    unit = " points" if claim.figure.endswith("_points") else ""
+    return f"missed by {abs(ours - bound):.2f}{unit}"
 
 
 def claimed_on(claim: Claim, cells: Sequence[tuple[str, str]]) -> list[str]:

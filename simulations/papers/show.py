@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.sweep.table import with_spread
 from papers.scoreboard import Scoreboard
 
 WIDTH = 110
@@ -174,11 +175,3 @@ def with_error(figure: str, value: float | None, std: float | None) -> str:
     if figure == "accuracy_points" or value is None or std is None or std < 0.01 * abs(value):
         return text
     return f"{text} ± {100 * std if COLUMNS[figure][2] == '%' else std:.1g}" if std else text
-
-
-def with_spread(value: float | None, std: float | None, scale: float, form: str) -> str:
-    """`mean ± spread`; the mean alone of one seed, '-' of none."""
-    if value is None:
-        return "-"
-    text = form.format(scale * value)
-    return text if std is None else f"{text} ± {scale * std:.1f}"
