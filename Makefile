@@ -1,6 +1,9 @@
 # make          install into .venv, then run the main job (the same as `make demo`)
-# make test     install, lint, type-check, run every test
+# make test     install, lint, type-check, run every test but the studies
 # make lint     install, lint and type-check
+# make docs     install, build the docs into build/docs; a warning is an error
+# make studies  install, run every study of simulations/ with --quick, and every notebook at its smoke setting
+# make notebooks   install, open the notebooks in JupyterLab
 # make keys     write the config keys into pyproject.toml, after one was added
 # make clean    remove .venv, caches and build leftovers; run folders stay
 #
@@ -9,8 +12,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+LAB := $(VENV)/lab
 READY := $(VENV)/.ready
-WORKERS ?= 2
+WORKERS ?= 3
 
 # Nothing here phones home or needs an account or a model hub.
 export FLWR_TELEMETRY_ENABLED = 0
@@ -24,7 +28,7 @@ export OMP_NUM_THREADS = 1
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint keys clean install
+.PHONY: demo test lint docs notebooks studies keys clean install
 
 demo: $(READY)
 	@$(BIN)/python -m fedsplit.demo
@@ -39,6 +43,17 @@ lint: $(READY)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/python -m fedsplit.manifest --check
 	@$(BIN)/mypy --strict fedsplit
+
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
+	@echo "docs: build/docs/index.html"
+
+notebooks: $(VENV)/.notebooks
+	@$(LAB)/bin/jupyter lab notebooks
+
+studies: $(READY)
+	@echo "studies and notebooks, at their smallest sizes ($(WORKERS) at a time)"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m study
 
 keys: $(READY)
 	@$(BIN)/python -m fedsplit.manifest
@@ -59,6 +74,17 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PIP) setuptools torch
 	@echo "[3/3] fedsplit and what it needs (a few minutes the first time)"
 	@$(PIP) --editable '.[simulation,audit,lora,knapsack,track,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+# An environment of its own: JupyterLab brings prometheus_client, with which Ray, without its dashboard, does not start.
+$(VENV)/.notebooks: $(READY)
+	@$(BIN)/python -m venv $(LAB)
+	@$(LAB)/bin/python -m pip install -qq --constraint constraints.txt jupyterlab
+	@$(BIN)/python -m ipykernel install --prefix $(LAB) --name python3 --display-name fedsplit >/dev/null 2>&1
 	@touch $@
 
 clean:

@@ -28,6 +28,7 @@ OPTIONAL = (
     "flwr",
     "flwr_datasets",
     "grpc",
+    "jinja2",
     "matplotlib",
     "ortools",
     "pandas",
@@ -82,7 +83,7 @@ def test_flower_table_is_fresh() -> None:
 
 def test_flower_table_holds_every_key_with_its_default(repository: Path) -> None:
     app = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
-    declared = dict(config._flatten(app["config"]))
+    declared = dict(config.flatten(app["config"]))
     defaults = {name: key.default for name, key in config.keys().items()}
     assert declared == defaults
     assert {name: type(value) for name, value in declared.items()} == {
@@ -195,6 +196,7 @@ def test_wheel_holds_all_code_and_the_weights(repository: Path, tmp_path: Path) 
     missing = code_files(repository) - names
     assert not missing, f"not in the wheel (a folder without __init__.py?): {sorted(missing)}"
     assert {"fedsplit/assets/fedsplit_micro.safetensors", "fedsplit/py.typed"} <= names
+    assert {"fedsplit/report/page.css", "fedsplit/report/page.html.j2"} <= names
     assert {name.split("/")[0] for name in names} == {"fedsplit", info}
     assert "fedsplit = fedsplit.cli.main:main" in scripts
     assert "Requires-Dist: torch" in metadata and "Provides-Extra: device" in metadata

@@ -39,6 +39,7 @@ def study_here(name: str, *arguments: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_overhead_ends_in_the_same_weights() -> None:
     found = study_here("overhead.py", *TINY, "--set", "devices.count=4")
     assert found["largest_weight_difference"] == 0.0
@@ -46,6 +47,7 @@ def test_overhead_ends_in_the_same_weights() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_baselines_agree_where_they_must() -> None:
     rows = {
         row["config"]: row
@@ -59,6 +61,7 @@ def test_baselines_agree_where_they_must() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_scale_says_what_a_run_holds_in_memory_and_on_disk(tmp_path: Path) -> None:
     size = ["--devices", "30", "--per-round", "3", "--rounds", "4"]
     found = study("scale.py", *size, "--out", str(tmp_path / "run"))
@@ -72,12 +75,14 @@ def test_scale_says_what_a_run_holds_in_memory_and_on_disk(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_faults_are_held() -> None:
     rows = study("faults.py", "--where", "simulation")["rows"]  # test_broken_devices.py has the stream
     assert len(rows) >= 8 and all(row["held"] for row in rows)
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_the_stream_to_the_body_is_measured_against_a_bare_one() -> None:
     rows = study("link.py", "--pairs", "2")["rows"]
     assert {(row["size"], row["tls"], row["sessions"]) for row in rows} == {
@@ -88,6 +93,7 @@ def test_the_stream_to_the_body_is_measured_against_a_bare_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_devices_come_and_go_at_a_served_body() -> None:
     found = study("soak.py", "--sessions", "6")
     assert found["finished"] > 6 and found["died"] > 0 and found["cuts"] > 0 and found["refused"] == 0
@@ -99,6 +105,7 @@ def test_devices_come_and_go_at_a_served_body() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_a_device_holds_its_half_alone() -> None:
     half, whole = study("device_memory.py")["rows"]
     assert (half["kind"], whole["kind"]) == ("half", "whole") and half["steps"] == whole["steps"] == 3
@@ -110,6 +117,7 @@ def test_a_device_holds_its_half_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
     found = study("body_cost.py", "--plans", "1", "--repeats", "1", "--batch-size", "4")
     rows = {(row["mode"], row["plan"], row["budget"]): row for row in found["rows"]}
@@ -128,6 +136,7 @@ def test_plans_cost_less_compute_and_memory_than_all_in_full() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_the_attack_on_the_small_cnn_beats_the_mean_image(tmp_path: Path) -> None:
     import numpy as np
     import pyarrow as pa

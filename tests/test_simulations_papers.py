@@ -34,6 +34,7 @@ TRAINED = [name for name in PAPERS if name != "patrol"]  # which hardens first, 
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_a_front_cache_changes_no_weight() -> None:
     rows = {row["config"]: row for row in study_here("front_cache.py", *TINY)["rows"]}
     assert list(rows) == ["linear_probe", "frozen_front", "sfprompt"]
@@ -41,6 +42,7 @@ def test_a_front_cache_changes_no_weight() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_scoreboards_have_every_arm_and_a_verdict_on_every_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +73,7 @@ def test_scoreboards_have_every_arm_and_a_verdict_on_every_claim(
 
 
 @pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_arm_of_a_quick_scoreboard_can_begin(name: str, tmp_path: Path) -> None:
     runs = scoreboard.runs(PAPERS[name], scoreboard.Request(tmp_path, seeds=1, quick=True, pairs=LESS[:3]))
@@ -79,6 +82,7 @@ def test_every_arm_of_a_quick_scoreboard_can_begin(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_all_five_and_each_left_out_can_begin(tmp_path: Path) -> None:
     board = combination.board("")
     soft = replace(

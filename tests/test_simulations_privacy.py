@@ -9,6 +9,7 @@ LESS = ["--set", "data.limit=100", "--set", "data.test-limit=60"]
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_the_scoreboard_of_patrol_hardens_trains_and_attacks() -> None:
     found = study_here("paper.py", "patrol", "--jobs", "1", *LESS)
     rows = {row["arm"]: row for row in found["rows"]}
@@ -21,6 +22,7 @@ def test_the_scoreboard_of_patrol_hardens_trains_and_attacks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.study
 def test_points_of_privacy_against_accuracy() -> None:
     rows = study_here("pareto.py", *LESS, "--cuts", "0", "--defences", "none,shuffle")["rows"]
     assert [(row["defence"], row["strength"]) for row in rows] == [("none", ""), ("shuffle", "0.5"), ("shuffle", "1.0")]
