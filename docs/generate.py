@@ -66,8 +66,8 @@ def slug(heading: str) -> str:
 
 
 def moved(text: str) -> str:
-    """Text of the root for a page in docs/: links to `docs/x.md` lead to `x.md`."""
-    return text.replace("](docs/", "](")
+    """Text of the root for a page in docs/: links to `docs/x.md` lead to `x.md`; notebooks are no pages, and named."""
+    return re.sub(r"\[([^\]]+)\]\((notebooks/[^)]+)\)", r"\1: `\2`", text.replace("](docs/", "]("))
 
 
 def homed(text: str) -> str:
