@@ -10,7 +10,6 @@ They print a line now and then, with the time that is left, and return what `fed
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from fedsplit import audit as attacks
 from fedsplit import experiment, report
 from fedsplit.cli.audit import Follow as FollowAudit
 from fedsplit.cli.sweep import Follow as FollowSweep
-from fedsplit.cli.sweep import duration
+from fedsplit.cli.sweep import crew, duration
 from fedsplit.config import load
 from fedsplit.progress import Silent
 from fedsplit.report.page import comparison
@@ -32,7 +31,6 @@ from fedsplit.runs import RunFolder
 from fedsplit.runtime.inprocess import runner
 from fedsplit.sweep import conduct, folders
 from fedsplit.sweep import study as studies
-from fedsplit.sweep.pool import Pool
 from fedsplit.types import FedsplitError
 from fedsplit.world import DEFAULT_DEVICES, World
 
@@ -73,7 +71,7 @@ def audit(run: report.Run, *pairs: str, suite: str = "quick") -> report.Run:
 
 
 def study(file: str | Path, out: str | Path, *pairs: str, jobs: int = 0) -> list[report.Run]:
-    """The runs of a study file (`fedsplit sweep`) with pairs that hold for all of them, `jobs` at a time (a core each).
+    """The runs of a study file (`fedsplit sweep`) with pairs that hold for all of them, `jobs` at a time (as there).
 
     Raises:
         FedsplitError: whatever is wrong with a run, before any begins; or runs that failed, after the others ended.
@@ -83,8 +81,8 @@ def study(file: str | Path, out: str | Path, *pairs: str, jobs: int = 0) -> list
     runs = asked.runs(folder)
     with FollowSweep(_console()) as watch:
         there = conduct.check(runs, watch)
-        crew = Pool(jobs or len(os.sched_getaffinity(0)))
-        found = conduct.sweep(asked, runs, there, folder, crew, watch)
+        with crew(None, jobs or None, runs) as workers:
+            found = conduct.sweep(asked, runs, there, folder, workers, watch)
     for name, why in found.failed.items():
         raise FedsplitError(f"{len(found.failed)} of {len(runs)} runs failed; {name}: {why}")
     return [report.load(each.path) for each in runs]

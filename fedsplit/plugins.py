@@ -54,9 +54,12 @@ def from_environment() -> None:
     Raises:
         FedsplitError: as `plug`.
     """
-    for path in os.environ.get(VARIABLE, "").split(os.pathsep):
-        if path and Path(path).resolve() not in _plugged:
-            _register(Path(path))
+    paths = [Path(path).resolve() for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+    for path in paths:
+        if path not in _plugged:
+            _register(path)
+    if paths:  # processes that this one starts may work in another folder
+        os.environ[VARIABLE] = os.pathsep.join(map(str, paths))
 
 
 def plugged() -> str:

@@ -93,6 +93,15 @@ def test_other_processes_have_it_by_the_environment(file: Path) -> None:
     assert lost.returncode == 2 and "Cannot read the pieces of" in lost.stderr and "Traceback" not in lost.stderr
 
 
+def test_a_relative_path_holds_for_processes_in_other_folders(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(GOOD)
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setenv(plugins.VARIABLE, file.name)
+    keys.cache_clear()
+    assert "front.clamp.limit" in keys()
+    assert os.environ[plugins.VARIABLE] == str(file.resolve())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
