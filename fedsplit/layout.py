@@ -64,15 +64,18 @@ def has_local_head(config: Config) -> bool:
 
 
 def kept_until(config: Config, front: Part, trains: trainable.TrainSet) -> Start:
-    """How far a front output can be kept: to the cut, to the prompts before it where only they train, or not at all."""
+    """How far a front output can be kept: to the cut, to what comes last and trains or draws anew, or not at all.
+
+    Last come prompts, where only they train, and guards, which may draw at random for every upload.
+    """
     if not config.front.cache or config.data.augment != "none" or config.front.penalties:
         return "images"
     if config.names("body.plans") and config.body.scope == "all" and front.numbers:
         return "images"
     if not trains.front and not front.random:
         return "cut"
-    only_prompts = opening(front, trains.front) != slice(None)
-    return "prompts" if only_prompts and not front.random_but_prompts else "images"
+    only_prompts = not trains.front or opening(front, trains.front) != slice(None)
+    return "begun" if only_prompts and not front.random_before else "images"
 
 
 def planned_blocks(config: Config, cut: Cut) -> tuple[int, ...]:

@@ -56,6 +56,9 @@ CASES: dict[str, tuple[str, dict[str, Scalar]]] = {
     "prompts with dropout": ("cls", {**PROMPTS, "front.prompts.dropout": 0.5}),
     "prompts at the cut": ("cls", {**PROMPTS, "cut.front": 2, "front.prompts.at": "cut", "front.prompts.dropout": 0.3}),
     "frozen prompts": ("cls", {**PROMPTS, "train": "tail"}),
+    "guards that draw": ("cls", {"cut.front": 2, "front.edits": "noise,feature-dropout,shuffle", "train": "body,tail"}),
+    "guards behind prompts": ("avg", {**PROMPTS, "front.edits": "prompts,noise", "train": "tail"}),
+    "guards behind trained prompts": ("avg", {**PROMPTS, "front.edits": "prompts,shuffle"}),
     "vanilla": ("avg", {"cut.shape": "vanilla", "cut.front": 2, "train": "tail"}),
     "vanilla, server trains": ("cls", {"cut.shape": "vanilla", "cut.front": 0, "train": "body,tail"}),
     "none": ("avg", {"cut.shape": "none", "train": "head"}),
@@ -123,7 +126,8 @@ def test_on_and_off_end_in_the_same_weights(case: str, alone: bool) -> None:
     values: dict[str, Scalar] = {**MODELS[kind], **changes, **(ALONE if alone else {})}
     on, off = train(small(**values)), train(small(**values, **{"front.cache": False}))
     assert on.built.cache is not None and off.built.cache is None
-    assert on.built.start == ("prompts" if "prompts" in str(changes["train"]) else "cut")
+    draws = any(name in str(changes.get("front.edits")) for name in ("noise", "shuffle"))
+    assert on.built.start == ("begun" if "prompts" in str(changes["train"]) or draws else "cut")
     assert same(on, off)
     assert len(kept(on).samples) == 48
     assert [report.computed_samples for report in on.reports] == [24, 24, 0, 0]
@@ -144,6 +148,8 @@ def test_on_and_off_end_in_the_same_weights(case: str, alone: bool) -> None:
         {"train": "biases"},
         {**PROMPTS, "cut.front": 1},
         {**PROMPTS, "train": "front,tail"},
+        {"front.edits": "prompts,noise", "front.prompts.deep": True, "front.prompts.dropout": 0.3, "train": "tail"},
+        {"front.edits": "prompts", "cut.front": 1, "front.prompts.dropout": 0.3, "train": "tail"},
     ],
     ids=str,
 )

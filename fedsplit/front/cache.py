@@ -130,7 +130,7 @@ class FrontCache:
 
     def _run(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.front.begin(x) if self.start == "prompts" else cast(Tensor, self.front(x))
+            return self.front.begin(x) if self.start == "begun" else cast(Tensor, self.front(x))
 
     def _version(self) -> int:
         return sum(parameter._version for parameter in self._frozen)

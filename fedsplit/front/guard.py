@@ -20,7 +20,7 @@ from fedsplit.types import Cut, FedsplitError
 
 
 class Guard(nn.Module):
-    """A module at the end of the front. `draws` says whether it draws at random: nothing of it can then be kept.
+    """A module at the end of the front. `draws` says whether it draws at random: its output is then never kept.
 
     In training the draws come from torch's own generator, which the front seeds for every guard by its name; in
     evaluation from `stream`, the same for every batch. Both are on the CPU, so that every device agrees. `adds` is

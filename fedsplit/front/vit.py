@@ -23,7 +23,7 @@ from fedsplit.types import Cut, Plan, Tensors
 
 EMBEDDING = ("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre")
 HEAD = ("norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist", "local_head")
-Start = Literal["images", "prompts", "cut"]
+Start = Literal["images", "begun", "cut"]
 Reads = Literal["tokens", "pooled", "patches", "local_head"]
 
 
@@ -33,7 +33,8 @@ class Part(nn.Module):
     Call it with images `(B, 3, height, width)` if it embeds, else tokens `(B, N, C)`; it returns
     tokens, or logits `(B, classes)` if it classifies. `pools` ends it with what the classifier reads,
     `(B, 1 or 2, C)`; `reads` says what a part that classifies is given. One that embeds ends with the guards
-    of `fedsplit.front.guard`, one that `opens` begins with what undoes them.
+    of `fedsplit.front.guard`, one that `opens` begins with what undoes them. `random` says whether training
+    draws anything in it, `random_before` whether it does so before its last prompts and guards.
     """
 
     def __init__(
@@ -57,10 +58,9 @@ class Part(nn.Module):
         if reads == "pooled":
             cast(Any, self._shell).global_pool = "token"  # the one token there is
         self.random = any(_is_random(module) for module in self._shell.modules())
-        self.random_but_prompts = any(
-            _is_random(module)
-            for name, module in self._shell.named_modules()
-            if "prompt" not in name and not name.startswith("guard.")
+        last = (f"{self.last_prompt[0]}.", "guard.")
+        self.random_before = any(
+            _is_random(module) for name, module in self._shell.named_modules() if not name.startswith(last)
         )
 
     def forward(self, x: Tensor, noise: int | None = None, plan: Plan | None = None, start: Start = "images") -> Tensor:
@@ -73,7 +73,7 @@ class Part(nn.Module):
             x: images or tokens, see the class.
             noise: this step's random stream; None leaves torch's own generator alone.
             plan: what every block of the whole model does; None runs all of them in full.
-            start: how far `x` has come already, in a part that embeds: "prompts" is what `begin` gave,
+            start: how far `x` has come already, in a part that embeds: "begun" is what `begin` gave,
                 "cut" this part's output.
         """
         if start == "cut":

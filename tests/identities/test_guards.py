@@ -325,7 +325,7 @@ def test_quiet_is_for_random_guards_alone_and_ends() -> None:
 @pytest.mark.parametrize("name", GUARDS)
 def test_only_what_is_not_random_is_kept(name: str) -> None:
     built = world(small(**NANO, front__edits=name, train="tail"))
-    assert built.start == ("images" if name in RANDOM else "cut")
+    assert built.start == ("begun" if name in RANDOM else "cut")
     assert built.parts.front.random == (name in RANDOM)
 
 
@@ -338,7 +338,7 @@ def test_only_what_is_not_random_is_kept(name: str) -> None:
 )
 def test_kept_outputs_change_nothing(changes: dict[str, Scalar]) -> None:
     built = world(small(**NANO, local__max_steps=2, **changes))
-    assert built.start == ("cut" if changes["train"] == "tail" else "prompts")
+    assert built.start == ("cut" if changes["train"] == "tail" else "begun")
     kept = tensors_of(client_round(built, job_of(built)))
     computed = world(small(**NANO, local__max_steps=2, front__cache=False, **changes))
     assert computed.start == "images"
