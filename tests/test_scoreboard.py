@@ -19,7 +19,7 @@ from fedsplit.types import FedsplitError
 sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
 
 import paper
-from papers import PAPERS, record, work
+from papers import PAPERS, record, render, work
 from papers.scoreboard import Request, refuse, runs
 
 BOARD = PAPERS["sfprompt"]
@@ -36,14 +36,14 @@ def measured(**changes: Any) -> record.Entry:
 def pages(repository: Path, tmp_path: Path) -> Path:
     """A copy of the file and the pages with its tables."""
     (tmp_path / "docs").mkdir()
-    for name in (str(record.FILE), *record.PAGES):
+    for name in (str(record.FILE), *render.PAGES):
         shutil.copyfile(repository / name, tmp_path / name)
     return tmp_path
 
 
 def test_the_pages_hold_what_the_file_says_and_the_file_what_the_boards_claim(pages: Path, repository: Path) -> None:
     record.write(root=pages)
-    for name in (str(record.FILE), *record.PAGES):
+    for name in (str(record.FILE), *render.PAGES):
         same = (pages / name).read_text() == (repository / name).read_text()
         assert same, f"{name} is stale: run `python simulations/paper.py none --record`"
 
@@ -55,7 +55,7 @@ def test_every_claim_is_there_measured_or_said_to_be_not_run() -> None:
     assert {"sfprompt", "d2ft", "droppeft", "patrol", "caesar"} <= {e["method"] for e in every}
     assert any(e["holds"] is False for e in every), "misses are shown"
     for entry in every:
-        if entry["verdict"] == record.NOT_RUN:
+        if entry["verdict"] == render.NOT_RUN:
             assert entry["ours"] is None and not entry["date"] and not entry["commit"]
             continue
         assert entry["ours"] is not None and entry["seeds"] and entry["scale"] and entry["data"] and entry["source"]
@@ -76,7 +76,7 @@ def test_every_command_parses() -> None:
 
 def test_a_recorded_claim_takes_the_place_of_the_old_one_and_of_not_run_yet() -> None:
     blank = record.merged([], [])
-    assert blank and all(e["verdict"] == record.NOT_RUN for e in blank)
+    assert blank and all(e["verdict"] == render.NOT_RUN for e in blank)
     one = record.merged(blank, [measured()])
     assert len(one) == len(blank) and sum(e["ours"] == 0.004 for e in one) == 1
     two = record.merged(one, [measured(ours=0.1, holds=False), measured(data="cars", ours=0.2)])
@@ -90,13 +90,14 @@ def test_the_table_says_misses_and_what_is_within_the_spread() -> None:
     entries = record.merged(
         [], [measured(), measured(partition="Dirichlet 0.5", ours=0.0047, holds=False, verdict="missed")]
     )
-    first, second = [line for line in record.short_table(entries).splitlines() if CLAIM in line][:2]
+    first, second = [line for line in render.short_table(entries).splitlines() if CLAIM in line][:2]
     said = f"`{entries[0]['command']}` | 2026-01-02, 0123456 |"
     assert first == f"| SFPrompt | IID: {CLAIM} | ≤ 0.46 %, ViT-Base | 0.4 % ± 0.1 | holds, within the spread | {said}"
     assert f"| Dirichlet 0.5: {CLAIM} | " in second and "| 0.47 % ± 0.1 | **missed**, within the spread |" in second
-    assert "| IID: accuracy comparable to FedAvg's | our bar: ≥ -1.0 points |" in record.short_table(entries)
+    assert "| IID: accuracy comparable to FedAvg's | our bar: ≥ -1.0 points |" in render.short_table(entries)
+    assert "| SFPrompt | 1 of 2 | - | 9 |" in render.short_table(entries), "two of eleven were judged"
     far = record.merged([], [measured(ours=0.001, ours_std=0.0001)])
-    assert "| holds |" in next(line for line in record.long_tables(far).splitlines() if CLAIM in line)
+    assert "| holds |" in next(line for line in render.long_tables(far).splitlines() if CLAIM in line)
 
 
 def test_day_and_commit_are_those_of_the_runs(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_recording_goes_through_the_command(
     assert "python simulations/paper.py sfprompt --only main --seeds 1" in (pages / "docs/scoreboard.md").read_text()
 
 
-@pytest.mark.parametrize("text", ["", record.BEGIN, record.END, 2 * (record.BEGIN + record.END)])
+@pytest.mark.parametrize("text", ["", render.BEGIN, render.END, 2 * (render.BEGIN + render.END)])
 def test_a_page_without_a_place_is_told(text: str) -> None:
     with pytest.raises(FedsplitError, match=r"page\.md needs one '<!-- scoreboard -->'"):
-        record.placed(text, "table", "page.md")
+        render.placed(text, "table", "page.md")
