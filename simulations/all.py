@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         public = folder_of_images(options.public) if options.public else ""
         with paper.folder(options.out) as out:
-            options.model, options.only = "fedsplit_micro", "main"
+            options.model, options.only, options.arms = "fedsplit_micro", "main", ""
             return study(board(public), paper.request(options, out), options.jobs)
     except FedsplitError as error:
         print(f"all.py: {error}", file=sys.stderr)

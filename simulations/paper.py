@@ -40,7 +40,7 @@ from papers.work import carry_out, finished, validate
 from rich.console import Console
 
 from fedsplit.front.models import SHAPES
-from fedsplit.types import FedsplitError
+from fedsplit.types import FedsplitError, split_names
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
     made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
     made.add_argument("--only", choices=("main", "ablations"), default="", help="one of the two tables")
+    made.add_argument(
+        "--arms", default="", metavar="NAME,...", help="these arms of the main table, and their reference"
+    )
     made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
     made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
     made.add_argument("--record", action="store_true", help="keep the verdicts in docs/scoreboard.json and the README")
@@ -119,8 +122,12 @@ def request(options: argparse.Namespace, out: Path) -> Request:
         if not (Path(data) / file).is_file():
             raise FedsplitError(f"--data {options.data}: there is no {file}; it needs train.parquet and test.parquet.")
     device = "cpu" if options.model in SHAPES else "auto"
-    pairs = tuple(options.set)
-    return Request(out, seeds, options.quick, options.only, data, options.model, device, pairs)
+    arms = split_names(options.arms)
+    if arms and options.only == "ablations":
+        raise FedsplitError(
+            "--arms are of the main table, and --only ablations leaves it out; leave out one of the two."
+        )
+    return Request(out, seeds, options.quick, options.only, data, options.model, device, tuple(options.set), arms)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cuts, defences = chosen(options)
         with paper.folder(options.out) as out:
-            options.model, options.only = "fedsplit_micro", "main"
+            options.model, options.only, options.arms = "fedsplit_micro", "main", ""
             return study(board(cuts, defences), paper.request(options, out), options.jobs)
     except FedsplitError as error:
         print(f"pareto.py: {error}", file=sys.stderr)

@@ -261,9 +261,17 @@ def test_ablations_alone_bring_their_reference(tmp_path: Path) -> None:
     assert all(name.startswith("dirichlet-0.1-") for name in names) and len(names) == 4
 
 
+def test_some_arms_bring_their_reference_and_no_ablations(tmp_path: Path) -> None:
+    asked = request(tmp_path, arms=("sfprompt",))
+    assert {run.arm for run in scoreboard.runs(BOARD, asked)} == {"fedavg", "sfprompt"}
+    assert scoreboard.ablation_cells(BOARD, asked) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["sfprompt", "--arms", "sfpromt"], "has no arm 'sfpromt'; known: "),
+        (["sfprompt", "--arms", "sfprompt", "--only", "ablations"], "leave out one of the two"),
         (["sfpromt"], "did you mean 'sfprompt'?"),
         (["sfprompt", "--data", "nowhere"], "--data nowhere: there is no train.parquet"),
         (["sfprompt", "--set", "roundz=3"], "did you mean 'rounds'?"),

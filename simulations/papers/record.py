@@ -117,6 +117,7 @@ def command(board: Scoreboard, asked: Request) -> str:
     words = ["python", "simulations/paper.py", board.name]
     words += ["--data", data_word(asked)] if asked.data else []
     words += ["--only", asked.only] if asked.only else []
+    words += ["--arms", ",".join(asked.arms)] if asked.arms else []
     words += ["--seeds", str(asked.seeds)] if asked.seeds != 3 else []
     words += ["--model", asked.model] if asked.model != "fedsplit_micro" else []
     for pair in asked.pairs:

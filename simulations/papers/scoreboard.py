@@ -139,8 +139,9 @@ class Scoreboard:
 class Request:
     """What the command line asks of a scoreboard.
 
-    `only` is 'main', 'ablations' or empty; `pairs` are the user's, and win over everything but what the
-    scoreboard is about; `data` and `model` are values of `data.source` and `model.name`.
+    `only` is 'main', 'ablations' or empty; `arms` are those of the main table to run, and there is no other table
+    then; `pairs` are the user's, and win over everything but what the scoreboard is about; `data` and `model` are
+    values of `data.source` and `model.name`.
     """
 
     out: Path
@@ -151,6 +152,7 @@ class Request:
     model: str = "fedsplit_micro"
     device: str = "cpu"
     pairs: Pairs = ()
+    arms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,15 @@ def main_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
     if request.only == "ablations":
         return []
     names = board.quick_partitions if request.quick else [partition.name for partition in board.partitions]
-    arms = (request.quick and board.quick_arms) or [arm.name for arm in board.arms]
+    asked = request.arms or (request.quick and board.quick_arms) or [arm.name for arm in board.arms]
+    wanted = {board.reference, *asked, *(board.against(arm) for arm in asked)}
+    arms = [arm.name for arm in board.arms if arm.name in wanted]
     return [(partition, arm) for partition in names for arm in arms]
 
 
 def ablation_cells(board: Scoreboard, request: Request) -> list[tuple[str, str]]:
     """(partition, arm) of the ablation table, in its order, the arms they are compared with first."""
-    if request.only == "main":
+    if request.only == "main" or request.arms:
         return []
     names = board.quick_ablations if request.quick else [arm.name for arm in board.ablations]
     return [(partition, arm) for partition in board.ablated_on for arm in (board.reference, *board.ablated, *names)]
@@ -191,9 +195,12 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
     """Every run that the tables need, once, seed by seed, so that an early stop leaves whole tables of fewer seeds.
 
     Raises:
-        FedsplitError: a pair that is wrong, or that would undo what sets the arms apart.
+        FedsplitError: a pair that is wrong, or that would undo what sets the arms apart; or an arm that there is not.
     """
     refuse(board, request.pairs)
+    known = [arm.name for arm in board.arms]
+    if unknown := [name for name in request.arms if name not in known]:
+        raise FedsplitError(f"The scoreboard {board.name} has no arm '{unknown[0]}'; known: {', '.join(known)}.")
     cells = dict.fromkeys((*main_cells(board, request), *ablation_cells(board, request)))
     audit = board.quick_audit if request.quick else board.audit
     wanted = []
