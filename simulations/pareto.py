@@ -39,6 +39,7 @@ DEFENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "shuffle": ("front.edits", ("front.shuffle.fraction=0.5", "front.shuffle.fraction=1.0")),
     "quantize": ("front.edits", ("front.quantize.bits=4", "front.quantize.bits=2", "front.quantize.bits=1")),
     "bottleneck": ("front.edits", ("front.bottleneck.rank=32", "front.bottleneck.rank=8")),
+    "merge": ("front.edits", ("front.merge.window=2", "front.merge.window=4")),
     "nopeek": ("front.penalties", ("front.nopeek.weight=0.3", "front.nopeek.weight=3")),
     "lipschitz": ("front.penalties", ("front.lipschitz.alpha=0.03", "front.lipschitz.alpha=0.3")),
     "adversary": ("front.penalties", ("front.adversary.beta=1", "front.adversary.beta=10")),
@@ -74,10 +75,12 @@ def board(cuts: Sequence[int], defences: Sequence[str]) -> Scoreboard:
         ablated_on=(),
         quick_partitions=("iid",),
         quick_ablations=(),
-        audit=("audit.victims=32",),
+        # Of 16 fronts of `paper.py patrol` one of the two was the strongest of suite 'quick' on 15; `rmle`, which was
+        # on the last (0.25 to 0.22), takes longer than all else of that suite.
+        audit=("audit.victims=32", "audit.attacks=linear,inverse-net"),
         quick_audit=("audit.victims=8", "audit.images=64", "audit.attacks=closed-form,linear"),
         sizes=Sizes(
-            images=("devices.count=10", "rounds=5", "data.limit=2000", "data.test-limit=1000", "optimizer.lr=0.001"),
+            images=("devices.count=10", "rounds=4", "data.limit=1000", "data.test-limit=1000", "optimizer.lr=0.001"),
             digits=("devices.count=10", "rounds=3"),
             quick=("devices.count=2", "rounds=1", "data.limit=100", "data.test-limit=80"),
         ),
