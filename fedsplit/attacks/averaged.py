@@ -23,7 +23,7 @@ class Averaged(Queried):
     Place: audit.attacks.
     Off: one upload of each sample, or a front that draws nothing, makes it `inverse-net`.
     Deviates: an upper bound, for the audit matches uploads to samples, which a real server must do itself; a front
-        that moves over rounds, or tokens shuffled anew in each, is averaged all the same.
+        that moves over rounds is averaged all the same, and so are shuffled tokens that cannot be put in order.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("query", "auxiliary")
@@ -31,5 +31,4 @@ class Averaged(Queried):
 
     def run(self, transcript: Transcript, knowledge: Knowledge, key: int, work: Work) -> Tensor:
         """Images (S, 3, height, width) of the mean of each sample's uploads."""
-        uploads = len(transcript.activations)
-        return self.invert(transcript, transcript.mean, knowledge, uploads, key, work)
+        return self.invert(transcript, transcript.activations, knowledge, key, work)

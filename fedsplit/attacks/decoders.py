@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fedsplit import rng
 from fedsplit.types import FedsplitError
 
-Last = TypeVar("Last", bound=nn.Module)
+Net = TypeVar("Net", bound=nn.Module)
 KINDS = ("conv", "transformer", "slots")
 
 
@@ -49,6 +51,13 @@ def grid_side(patches: int, shape: tuple[int, int, int]) -> int:
     return side
 
 
+def drawn(make: Callable[[], Net], key: int, like: Tensor) -> Net:
+    """The network that `make` makes, its weights drawn by `key`, on the device of `like`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(rng.key(key, "weights"))
+        return make().to(like.device)
+
+
 class ConvDecoder(nn.Module):
     """A residual convolutional decoder over the grid of patch tokens, as in ResSFL's attackers (arXiv 2205.04007)."""
 
@@ -77,7 +86,7 @@ class TransformerDecoder(nn.Module):
         self.prefix, self.side, self.step = prefix, side, size // side
         self.enter = nn.Linear(channels, width)
         self.places = nn.Parameter(torch.randn(1, count, width) * 0.02)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(**_layer(width)), 2, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer(width)), 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.leave = _zero(nn.Linear(width, 3 * self.step * self.step))
 
@@ -100,8 +109,8 @@ class SlotsDecoder(nn.Module):
         self.enter = nn.Linear(channels, width)
         self.first = nn.Parameter(torch.randn(1, prefix, width) * 0.02)
         self.places = nn.Parameter(torch.randn(1, count - prefix, width))
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**_layer(width)), 1, enable_nested_tensor=False)
-        self.layers = nn.TransformerDecoder(nn.TransformerDecoderLayer(**_layer(width)), 2)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer(width)), 1, enable_nested_tensor=False)
+        self.layers = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer(width)), 2)
         self.norm = nn.LayerNorm(width)
         self.leave = _zero(nn.Linear(width, 3 * self.step * self.step))
 
@@ -129,13 +138,14 @@ class Residual(nn.Module):
         return refined
 
 
-def _zero(last: Last) -> Last:
+def _zero(last: Net) -> Net:
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     return last
 
 
-def _layer(width: int) -> dict[str, Any]:
+def layer(width: int) -> dict[str, Any]:
+    """How a layer of the transformers here is made."""
     return {
         "d_model": width, "nhead": max(1, width // 32), "dim_feedforward": 4 * width, "dropout": 0.0,
         "activation": "gelu", "batch_first": True, "norm_first": True,

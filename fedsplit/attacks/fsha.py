@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedsplit import rng
 from fedsplit.attacks.base import Hijack, Knowledge, NotApplicable, Transcript
-from fedsplit.attacks.decoders import decoder, grid_side
+from fedsplit.attacks.decoders import decoder, drawn, grid_side
 from fedsplit.attacks.encoders import Critic, Encoder
-from fedsplit.attacks.learned import Scale, decode, drawn
+from fedsplit.attacks.learned import Scale, decode
 from fedsplit.attacks.work import Work
 from fedsplit.types import knob
 

@@ -16,8 +16,9 @@ from fedsplit.attacks.work import Work
 class InverseNet(Queried):
     """A network from activations to images, trained on the attacker's own images and what the front makes of them.
 
-    The front is a black box that answers queries; `decoder` "slots" is for tokens that come in no order. More
-    `epochs`, `width` and auxiliary images spend more on it.
+    The front is a black box that answers queries. Shuffled tokens are put in order where its weights are known, too,
+    and tell the places; else `decoder` "slots" reads them in no order. More `epochs`, `width` and auxiliary images
+    spend more on it.
 
     Paper: He, Zhang and Lee, ACSAC 2019, black-box inverse network; for a ViT the "detokenizer" of DRAG's
         baselines (ICML 2025).
@@ -32,4 +33,4 @@ class InverseNet(Queried):
 
     def run(self, transcript: Transcript, knowledge: Knowledge, key: int, work: Work) -> Tensor:
         """Images (S, 3, height, width) of the last upload of each sample."""
-        return self.invert(transcript, transcript.last, knowledge, 1, key, work)
+        return self.invert(transcript, transcript.activations[-1:], knowledge, key, work)

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsplit import rng
 from fedsplit.attacks.base import Knowledge, Query, Transcript
-from fedsplit.attacks.decoders import KINDS, decoder
+from fedsplit.attacks.decoders import KINDS, decoder, drawn
+from fedsplit.attacks.order import in_order, learned
 from fedsplit.attacks.ridge import Ridge, fitted, unfitted
-from fedsplit.attacks.work import Work, adam
+from fedsplit.attacks.work import Work, adam, cosine
 from fedsplit.types import knob
 
 CHUNK = 250
 FAR = 30.0
 STILL = 1e-6
 MOVED = 0.1
-
-Net = TypeVar("Net", bound=nn.Module)
+MOST = 0.5
 Pairs = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -72,7 +71,7 @@ class Fit:
 
     decoder: str = knob(
         "auto",
-        "the network: auto is slots where queries show that tokens come in no order, else conv",
+        "the network: auto is conv, or slots for shuffled tokens that cannot be put in order",
         choices=("auto", *KINDS),
     )
     epochs: int = knob(30, "passes over the attacker's images", low=1)
@@ -125,20 +124,30 @@ class Queried(Fit):
 
     draws: int = knob(10, "queries of each image where the front is random; epochs take them in turn", low=1)
 
-    def invert(
-        self, transcript: Transcript, seen: Tensor, knowledge: Knowledge, uploads: int, key: int, work: Work
-    ) -> Tensor:
-        """Images of `seen` (S, N, C), by a decoder of the means of `uploads` queries."""
-        query, images = knowledge.query, knowledge.auxiliary
+    def invert(self, transcript: Transcript, uploads: Tensor, knowledge: Knowledge, key: int, work: Work) -> Tensor:
+        """Images of the mean of `uploads` (R, S, N, C), by a decoder of the means of as many queries.
+
+        Where queries show that tokens come in no order, and the front is known, they are first put in order by what
+        each says of its place; with decoder "auto" only if most places are then right.
+        """
+        query, images, prefix = knowledge.query, knowledge.auxiliary, transcript.tokens
         assert query is not None and images is not None
         one, two = answers(query, images, rng.key(key, "random"))
         random = not torch.equal(one, two)
-        times, draws = (uploads, self.draws) if random else (1, 1)
+        times, draws = (len(uploads), self.draws) if random else (1, 1)
+        shuffled = random and is_shuffled(one, two)
+        if shuffled and knowledge.front is not None and self.decoder != "slots":
+            ask = in_order(query, knowledge.front, prefix)
+            tokens = asked(ask, images, rng.key(key, "order"))
+            order = learned(tokens, prefix, self.epochs, self.batch, self.width, rng.key(key, "places"), work)
+            if self.decoder != "auto" or order.right > MOST:
+                query, shuffled = ask, False
+                uploads = torch.stack([order(seen) for seen in uploads])
 
         def pairs(draw: int) -> tuple[Tensor, Tensor]:
             return images, asked(query, images, rng.key(key, "draw", draw), times)
 
-        return self.fit(pairs, draws, transcript, key, work, random and is_shuffled(one, two))(seen)
+        return self.fit(pairs, draws, transcript, key, work, shuffled)(uploads.mean(0))
 
 
 def _best(features: Tensor, images: Tensor, prefix: int) -> tuple[Scale, Ridge]:
@@ -154,18 +163,6 @@ def decode(net: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Images of `features` (S, N, C), in [0, 1] and without gradients."""
     with torch.no_grad():
         return torch.cat([net(part) for part in features.split(CHUNK)]).clamp(0, 1)
-
-
-def cosine(steps: int) -> Callable[[int], float]:
-    """The factor of a learning rate that falls from 1 to 0 over `steps`."""
-    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def drawn(make: Callable[[], Net], key: int, like: Tensor) -> Net:
-    """The network that `make` makes, its weights drawn by `key`, on the device of `like`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(rng.key(key, "weights"))
-        return make().to(like.device)
 
 
 def asked(query: Query, images: Tensor, key: int, uploads: int = 1) -> Tensor:

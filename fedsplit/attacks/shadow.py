@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fedsplit import rng
 from fedsplit.attacks.base import Knowledge, Transcript
-from fedsplit.attacks.decoders import grid_side
+from fedsplit.attacks.decoders import drawn, grid_side
 from fedsplit.attacks.encoders import Encoder, Moments
-from fedsplit.attacks.learned import CHUNK, Fit, Scale, cosine, drawn
-from fedsplit.attacks.work import Work, adam
+from fedsplit.attacks.learned import CHUNK, Fit, Scale
+from fedsplit.attacks.work import Work, adam, cosine
 from fedsplit.types import knob
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -108,3 +109,8 @@ class Work:
 def adam(lr: float, *, amsgrad: bool = True, eps: float = 1e-8) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
     """Adam as the attacks of He, Zhang and Lee (ACSAC 2019) use it, for `Work.descend`."""
     return lambda leaves: torch.optim.Adam(leaves, lr=lr, amsgrad=amsgrad, eps=eps)
+
+
+def cosine(steps: int) -> Callable[[int], float]:
+    """The factor of a learning rate that falls from 1 to 0 over `steps`."""
+    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
