@@ -16,10 +16,10 @@ class Shuffle:
     """Permutes a sample's patch tokens at random, each sample by itself, anew for every upload.
 
     Prefix tokens and prompts stay where they are. The position embedding was added before, so a token still says
-    where it came from, and an adaptive attacker can sort them. Blocks and attention pooling commute with a
-    permutation of their tokens: class tokens, and the mean of the patches, stay what they were up to the rounding
-    of sums in another order. No model that fedsplit cuts has a later consumer of the order (relative and rotary
-    positions are refused by `model.name`), so none is refused here.
+    where it came from, and an attacker who knows the front sorts them (`audit.attacks = "inverse-net"` does).
+    Blocks and attention pooling commute with a permutation of their tokens: class tokens, and the mean of the
+    patches, stay what they were up to the rounding of sums in another order. No model that fedsplit cuts has a
+    later consumer of the order (relative and rotary positions are refused by `model.name`), so none is refused here.
 
     Paper: Yao et al., Privacy-preserving split learning via patch shuffling over transformers, ICDM 2022.
     Place: front.edits.
