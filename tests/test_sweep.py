@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -324,8 +323,7 @@ def test_a_run_ends_with_the_process_that_began_it(monkeypatch: pytest.MonkeyPat
     sentinel, parent = Pipe(duplex=False)
     monkeypatch.setattr(work, "parent_process", lambda: SimpleNamespace(sentinel=sentinel.fileno()))
     monkeypatch.setattr(os, "_exit", ended.append)
-    leash = threading.Thread(target=work._leash)
-    leash.start()
+    leash = work.leash()
     leash.join(0.05)
     assert leash.is_alive() and not ended
     parent.close()

@@ -71,7 +71,7 @@ class Unwatched:
 def work(order: Order, reply: Connection) -> None:
     """One run, in its process: sends an error's text, or an empty one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and ends its children
-    threading.Thread(target=_leash, daemon=True).start()
+    leash()
     reply.send(attempt(order))
 
 
@@ -126,8 +126,14 @@ def attack(path: str | Path, suite: str, pairs: Sequence[str]) -> str:
     return "no attack on images" if ssim is None else f"worst SSIM {ssim:.3f} ({found['worst_attack']})"
 
 
-def _leash() -> None:
-    """End this process when the one that began it is gone: the same command again would write to the same folder."""
+def leash() -> threading.Thread:
+    """End this process as soon as the one that began it is gone: the same command again writes to the same folder."""
+    thread = threading.Thread(target=_outlive_nobody, daemon=True)
+    thread.start()
+    return thread
+
+
+def _outlive_nobody() -> None:
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

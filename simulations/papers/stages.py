@@ -55,7 +55,7 @@ def _each(tasks: Mapping[str, tuple[Any, ...]], jobs: int, word: str, say: Say) 
     os.environ["OMP_NUM_THREADS"] = "1"  # the new processes read it when they import torch
     failed: dict[str, str] = {}
     begun = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=work.leash) as pool:
         futures: dict[Future[str], str] = {pool.submit(*task): name for name, task in tasks.items()}
         for number, future in enumerate(as_completed(futures), 1):
             name = futures[future]
