@@ -1,6 +1,7 @@
 """The five papers together (configs/combos/all.toml) beside FedAvg full fine-tuning, on the same mixed fleet.
 
-    python simulations/all.py [--data FOLDER] [--public FOLDER] [--seeds N] [--jobs N] [--out DIR] [--quick]
+    python simulations/all.py [--data FOLDER] [--public FOLDER] [--arms NAME,...] [--seeds N] [--jobs N] [--out DIR]
+        [--quick]
 
 Aim: within 2 points of FedAvg full fine-tuning at a tenth of its bytes and of its client FLOPs or less, and an SSIM
 below 0.3 for the strongest attack of `fedsplit audit`. Every other arm leaves one piece out, and tells what that piece
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         public = folder_of_images(options.public) if options.public else ""
         with paper.folder(options.out) as out:
-            options.model, options.only, options.arms = "fedsplit_micro", "main", ""
+            options.model, options.only = "fedsplit_micro", "main"
             return study(board(public), paper.request(options, out), options.jobs)
     except FedsplitError as error:
         print(f"all.py: {error}", file=sys.stderr)
@@ -130,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
     made.add_argument("--public", metavar="FOLDER", help="other images, on which the front is hardened")
     made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
+    made.add_argument("--arms", default="", metavar="NAME,...", help="these alone, beside fedavg: all, no-harden, ...")
     made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
     made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of every run")
