@@ -226,8 +226,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(check["name"] in table for check in document["checks"])
 
 
-def test_the_module_is_the_command(tmp_path: Path, repository: Path) -> None:
+@pytest.mark.parametrize("module", ["fedsplit", "fedsplit.cli.main"])
+def test_the_module_is_the_command(module: str, tmp_path: Path, repository: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    command = [sys.executable, "-m", "fedsplit.cli.main", "--version"]
+    command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fedsplit {__version__}\n", "")
