@@ -33,7 +33,7 @@ ALL = "combos/all.toml"
 # The whole model trains where the front is hardened, without what belongs to the federation.
 PLAIN: Pairs = (
     "train=all", "front.edits=merge", "body.edits=", "body.plans=", "data.select=", "local.phases=", "control.tune=",
-    "share.merge=fedavg", "local.head=auto", "optimizer.lr=0.001", "front.penalties=lipschitz,adversary",
+    "share.merge=fedavg", "local.head=auto", "optimizer.lr=0.0005", "front.penalties=lipschitz,adversary",
     "front.lipschitz.alpha=0.003", "front.adversary.beta=1", "harden.structures=heads,mlp", "harden.keep-heads=0.5",
     "harden.keep-mlp=0.5",
 )  # fmt: skip
@@ -95,7 +95,7 @@ def board(public: str) -> Scoreboard:
         columns=("accuracy_points", "client_flops_ratio", "bytes_ratio", "compute_ratio", "virtual_s", "energy_j",
                  "worst_ssim", "worst_labels_right"),
         notes=("Attacks: suite 'quick' of fedsplit audit; FedAvg sends no activations, and is not audited.",),
-        hardening=("harden.images=2000", "harden.epochs=6", "harden.finetune-epochs=4"),
+        hardening=("harden.images=10000", "harden.epochs=2", "harden.finetune-epochs=1"),
         quick_hardening=("harden.images=150", "harden.epochs=2", "harden.finetune-epochs=3", "data.limit=200",
                          "data.test-limit=100", "harden.batch-size=32"),
         audit=("audit.victims=32",),
