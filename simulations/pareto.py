@@ -3,7 +3,8 @@
     python simulations/pareto.py [--data FOLDER] [--cuts 0,1,2,4] [--defences noise,shuffle] [--seeds N]
         [--out DIR] [--quick]
 
-Every point is a federated run (all of the model trains, the defence in place) and a `fedsplit audit` of it. With --out
+Every point is a federated run (all of the model trains, the defence in place) and a `fedsplit audit` of it by two
+attacks, `linear` and `inverse-net`: worst_ssim is the worse of these, and a whole suite may find more. With --out
 points that are there stay. Prints a table, writes pareto.csv and pareto.png, and one line of JSON last with `rows`:
 cut, defence, strength, accuracy, worst_ssim, client_flops, bytes, means over seeds, and whether no other point has
 lower SSIM and higher accuracy at no more client FLOPs (`front`).
