@@ -20,12 +20,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import paper
+from papers.conduct import add_options, conduct, folder, request, took
 from papers.figures import Results, mean
-from papers.scoreboard import Arm, Claim, Pairs, Partition, Scoreboard, Sizes, runs
-from papers.work import finished
+from papers.scoreboard import Arm, Claim, Pairs, Partition, Request, Scoreboard, Sizes, runs
 
 from fedsplit.types import FedsplitError
 
@@ -113,9 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         public = folder_of_images(options.public) if options.public else ""
-        with paper.folder(options.out) as out:
-            options.model, options.only = "fedsplit_micro", "main"
-            return study(board(public), paper.request(options, out), options.jobs)
+        with folder(options.out) as out:
+            return study(board(public), request(options, out, arms=options.arms), options.jobs, options.record)
     except FedsplitError as error:
         print(f"all.py: {error}", file=sys.stderr)
         return 2
@@ -127,14 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="one seed, few images and arms: only shows that it works")
-    made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
     made.add_argument("--public", metavar="FOLDER", help="other images, on which the front is hardened")
-    made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
     made.add_argument("--arms", default="", metavar="NAME,...", help="these alone, beside fedavg: all, no-harden, ...")
-    made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
-    made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of every run")
+    add_options(made)
     return made
 
 
@@ -150,22 +143,18 @@ def folder_of_images(text: str) -> str:
     return str(path)
 
 
-def study(whole: Scoreboard, asked: Any, jobs: int) -> int:
-    """Run, judge, print and write; returns the exit code."""
+def study(whole: Scoreboard, asked: Request, jobs: int, keep: bool = False) -> int:
+    """Run, judge, print and write, and keep the runs if `keep`; returns the exit code."""
     begun = time.monotonic()
     wanted = runs(whole, asked)
-    there = sum(finished(run) is not None for run in wanted)
-    summaries, failed = paper.run_all(wanted, jobs, partial(print, flush=True))
-    results = Results.of(whole, wanted, summaries)
+    outcome = conduct({whole.name: wanted}, asked, jobs, partial(print, flush=True), keep)
+    results = Results.of(whole, wanted, outcome.summaries)
     sheets, rows, claims = paper.tables(whole, asked, results)
     minutes = (time.monotonic() - begun) / 60
-    foot = [
-        *(f"Failed: {name}: {why}" for name, why in failed.items()),
-        paper.took(minutes, jobs, asked, f"{there} of {len(wanted)}"),
-    ]
+    foot = [*(f"Failed: {name}: {why}" for name, why in outcome.failed.items()), took(minutes, jobs, asked, outcome)]
     paper.show(whole, asked, wanted[0], sheets, foot)
     print(json.dumps({**figures(whole, results), "aims": claims, "rows": rows, "minutes": round(minutes, 2)}))
-    return 1 if failed else 0
+    return 1 if outcome.failed else 0
 
 
 def figures(whole: Scoreboard, results: Results) -> dict[str, float | None]:

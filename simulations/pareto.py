@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import paper
+from papers.conduct import add_options, conduct, folder, request
 from papers.figures import Results
 from papers.scoreboard import Arm, Partition, Request, Scoreboard, Sizes, runs
 from rich.console import Console
@@ -93,9 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         cuts, defences = chosen(options)
-        with paper.folder(options.out) as out:
-            options.model, options.only, options.arms = "fedsplit_micro", "main", ""
-            return study(board(cuts, defences), paper.request(options, out), options.jobs)
+        with folder(options.out) as out:
+            return study(board(cuts, defences), request(options, out), options.jobs, options.record)
     except FedsplitError as error:
         print(f"pareto.py: {error}", file=sys.stderr)
         return 2
@@ -107,14 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="one seed, few images and points: only shows that it works")
-    made.add_argument("--data", metavar="FOLDER", help="folder with train.parquet and test.parquet, e.g. CIFAR-10")
     made.add_argument("--cuts", default="", help="blocks at the client, comma-separated (0,1,2,4)")
     made.add_argument("--defences", default="", help=f"comma-separated, of {', '.join(DEFENCES)} (all)")
-    made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (3; with --quick 1)")
-    made.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a process each (2)")
-    made.add_argument("--out", metavar="DIR", help="keep the runs here, and go on with those that are here")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of every run")
+    add_options(made)
     return made
 
 
@@ -135,11 +129,11 @@ def chosen(options: argparse.Namespace) -> tuple[list[int], list[str]]:
     return cuts, defences
 
 
-def study(points: Scoreboard, asked: Request, jobs: int) -> int:
-    """Train, attack, print and write; returns the exit code."""
+def study(points: Scoreboard, asked: Request, jobs: int, keep: bool = False) -> int:
+    """Train, attack, print and write, and keep the runs if `keep`; returns the exit code."""
     wanted = runs(points, asked)
-    summaries, failed = paper.run_all(wanted, jobs, partial(print, flush=True))
-    results = Results.of(points, wanted, summaries)
+    outcome = conduct({points.name: wanted}, asked, jobs, partial(print, flush=True), keep)
+    results = Results.of(points, wanted, outcome.summaries)
     rows = undominated([row for arm in points.arms if (row := point(results, arm))])
     with (asked.out / "pareto.csv").open("w", newline="", encoding="utf-8") as target:
         writer = csv.DictWriter(target, COLUMNS)
@@ -148,10 +142,10 @@ def study(points: Scoreboard, asked: Request, jobs: int) -> int:
     if rows:
         drawn([as_point(row) for row in rows]).save(asked.out / "pareto.png")
     show(rows)
-    for name, why in failed.items():
+    for name, why in outcome.failed.items():
         print(f"Failed: {name}: {why}")
     print(json.dumps({"rows": rows}))
-    return 1 if failed else 0
+    return 1 if outcome.failed else 0
 
 
 def point(results: Results, arm: Arm) -> dict[str, Any] | None:

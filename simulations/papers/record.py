@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedsplit.types import FedsplitError
 from papers import PAPERS
 from papers.figures import claimed_on
 from papers.render import NOT_RUN, Entry, placed, tables
@@ -24,27 +22,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = Path("docs/scoreboard.json")
 
 
-def refuse(request: Request) -> None:
-    """What is never recorded.
-
-    Raises:
-        FedsplitError: the command line asks for it.
-    """
-    if request.quick:
-        raise FedsplitError("--quick only shows that it works and is never recorded; leave out --quick or --record.")
-    if request.only == "ablations":
-        raise FedsplitError(
-            "--only ablations judges no claim, so there is nothing to record; leave out one of the two."
-        )
-
-
-def entries(board: Scoreboard, asked: Request, runs: Sequence[Run], claims: Iterable[Mapping[str, Any]]) -> list[Entry]:
+def entries(
+    board: Scoreboard,
+    asked: Request,
+    runs: Sequence[Run],
+    claims: Iterable[Mapping[str, Any]],
+    summaries: Mapping[str, Mapping[str, Any]],
+) -> list[Entry]:
     """An entry a judged claim, as `papers.figures.judge` has it; date and commit are those of its runs."""
     made = []
     for claim in claims:
         its = next(c for c in board.claims if c.text == claim["claim"])
         behind = [r for r in runs if r.partition == claim["partition"] and r.arm in (its.arm, its.against)]
-        date, commit = when(behind)
+        date, commit = when(summaries[run.name] for run in behind)
         made.append(
             _entry(board, its, claim["partition"])
             | {name: claim[name] for name in ("ours", "ours_std", "seeds", "holds", "verdict")}
@@ -81,17 +71,13 @@ def _entry(board: Scoreboard, claim: Claim, partition: str) -> Entry:
     }
 
 
-def when(runs: Iterable[Run]) -> tuple[str, str]:
-    """The UTC day on which the last of the runs ended, and the commits that their run folders name."""
-    days: list[str] = []
-    commits: dict[str, None] = {}
-    for run in runs:
-        path = Path(run.config.out)
-        days.append(datetime.fromtimestamp((path / "summary.json").stat().st_mtime, UTC).date().isoformat())
-        for line in (path / "config.toml").read_text(encoding="utf-8").splitlines():
-            if line.startswith("# commit:"):
-                commits[_short(line.partition(":")[2].strip())] = None
-    return max(days, default=""), ", ".join(name for name in commits if f"{name}+" not in commits)
+def when(summaries: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """The UTC day on which the last of the runs ended, and the commits that their run folders named."""
+    its = list(summaries)
+    commits = dict.fromkeys(_short(summary["commit"]) for summary in its if summary["commit"])
+    return max((summary["date"] for summary in its), default=""), ", ".join(
+        name for name in commits if f"{name}+" not in commits
+    )
 
 
 def _short(commit: str) -> str:

@@ -141,7 +141,7 @@ class Request:
 
     `only` is 'main', 'ablations' or empty; `arms` are those of the main table to run, and there is no other table
     then; `pairs` are the user's, and win over everything but what the scoreboard is about; `data` and `model` are
-    values of `data.source` and `model.name`.
+    values of `data.source` and `model.name`. With `known`, runs that `papers.kept` has are not run again.
     """
 
     out: Path
@@ -153,6 +153,7 @@ class Request:
     device: str = "cpu"
     pairs: Pairs = ()
     arms: tuple[str, ...] = ()
+    known: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fedsplit.runs import RunFolder
 from fedsplit.sweep import folders, pool
 from fedsplit.sweep.pool import Child
 from fedsplit.sweep.work import Order, train
-from fedsplit.types import FedsplitError
+from fedsplit.types import FedsplitError, Scalar
 from papers.figures import of_tables
 from papers.scoreboard import Run
 
 # Keys that change no figure of a finished run; the scoreboard itself says which rounds are tested.
 ASIDE = (*folders.ASIDE, "eval.every")
+
+# What is told of a run's origin, of the lines in the head of its config.toml.
+HEAD = ("commit", "torch", "machine")
 
 Summary = Mapping[str, Any]
 Say = Callable[[str], None]
@@ -31,7 +36,7 @@ def validate(runs: Sequence[Run], say: Say) -> None:
     named: dict[str, Run] = {}
     for run in runs:
         other = named.setdefault(run.name, run)
-        if folders.deciding(other.config.values, ASIDE) != folders.deciding(run.config.values, ASIDE):
+        if deciding(other.config.values) != deciding(run.config.values):
             raise FedsplitError(f"Two papers ask for different runs of the name {run.name}; rename an arm of one.")
         finished(run)
     # Shards depend on partition and seed, the rest on the arm: one run of each tells for all.
@@ -86,7 +91,26 @@ def finished(run: Run) -> Summary | None:
         FedsplitError: its folder holds a run of another config.
     """
     summary = folders.summary(run.config, ASIDE)
-    return None if summary is None else {**summary, **of_tables(*RunFolder.open(run.config.out))}
+    if summary is None:
+        return None
+    path = Path(run.config.out)
+    return {**summary, **of_tables(*RunFolder.open(path)), **origin(path)}
+
+
+def deciding(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The keys that decide the figures of a run of a scoreboard."""
+    return folders.deciding(values, ASIDE)
+
+
+def origin(path: Path) -> dict[str, str]:
+    """The UTC day on which the run in folder `path` ended, and the commit, torch and machine that it names."""
+    day = datetime.fromtimestamp((path / "summary.json").stat().st_mtime, UTC).date().isoformat()
+    head = dict.fromkeys(HEAD, "")
+    for line in (path / "config.toml").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.removeprefix("# ").partition(": ")
+        if line.startswith("# ") and name in head:
+            head[name] = value.strip()
+    return {"date": day, **head}
 
 
 def _line(child: Child, summary: Summary | None, error: str) -> str:
@@ -97,4 +121,4 @@ def _line(child: Child, summary: Summary | None, error: str) -> str:
     return f"{child.run.name:<40} accuracy {100 * summary['accuracy']:5.1f} %  {seconds:>6}{lost}"
 
 
-__all__ = ["Child", "carry_out", "finished", "start", "train", "validate"]
+__all__ = ["Child", "carry_out", "deciding", "finished", "origin", "start", "train", "validate"]
