@@ -288,6 +288,26 @@ def test_what_is_wrong_is_one_sentence(arguments: list[str], said: str, capsys: 
     assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
+def test_a_folder_with_a_split_is_ranked_and_says_so(tmp_path: Path) -> None:
+    board = PAPERS["patrol"]
+    data = tmp_path / "cars"
+    data.mkdir()
+    wanted = request(tmp_path, data=str(data), arms=("patrol-full",))
+    assert not any(run.retrieval for run in scoreboard.runs(board, wanted))
+    (data / scoreboard.SPLIT).write_text('{"query": [], "gallery": []}')
+    runs = scoreboard.runs(board, wanted)
+    assert [run.retrieval for run in runs] == [str(data)] * 2
+    assert not any(run.retrieval for run in scoreboard.runs(BOARD, replace(wanted, arms=())))
+    found = summary(0.5) | {"worst_ssim": 0.5, "worst_psnr": 12.0}
+    plain = figures.row(board, figures.Results.of(board, runs, {run.name: found for run in runs}), "iid", "patrol-full")
+    assert {"points", "worst SSIM", "worst PSNR"} < set(show.table_of(board, "t", [plain]).columns)
+    assert not {"rank-1 %", "mAP %", "labels %"} & set(show.table_of(board, "t", [plain]).columns)
+    ranked = found | {"rank1": 0.25, "map": 0.125}
+    row = figures.row(board, figures.Results.of(board, runs, {run.name: ranked for run in runs}), "iid", "patrol-full")
+    sheet = show.table_of(board, "t", [row])
+    assert dict(zip(sheet.columns, sheet.rows[0], strict=True))["mAP %"] == "12.5"
+
+
 def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     pairs = ["data.limit=60", "data.test-limit=20", "devices.count=2", "data.partition=iid", "local.max-steps=1"]
     config = load([], [*pairs, "rounds=2", "cut.shape=none", "train=head", f"out={tmp_path / 'run'}"])

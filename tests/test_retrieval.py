@@ -47,7 +47,11 @@ def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path) -> N
     pairs = [f"--set={key}={value}" for key, value in {**sizes, "data.source": data, "data.cache": tmp_path}.items()]
     assert main(["run", *pairs, "--out", str(run), "--quiet"]) == 0
     command = [sys.executable, str(SCRIPT), str(run), "--data", str(data)]
-    for split, said in ((None, "cannot be read"), ({"query": ["p2"], "gallery": ["nope"]}, "no image 'nope'")):
+    for split, said in (
+        (None, "cannot be read"),
+        ({"query": ["p2"], "gallery": ["nope"]}, "no image 'nope'"),
+        ({"query": ["p2"], "gallery": ["p1", "p22"]}, "of classes that are trained on; set data.classes=1, or fewer"),
+    ):
         if split is not None:
             (data / "retrieval_split.json").write_text(json.dumps(split))
         done = subprocess.run(command, capture_output=True, text=True)

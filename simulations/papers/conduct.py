@@ -14,7 +14,7 @@ from fedsplit.front.models import SHAPES
 from fedsplit.types import FedsplitError, split_names
 from papers import kept
 from papers.scoreboard import Request, Run
-from papers.stages import attack, found, prepare
+from papers.stages import after, attack, check_splits, prepare, retrieve
 from papers.work import Summary, carry_out, finished, validate
 
 Say = Callable[[str], None]
@@ -107,18 +107,20 @@ def conduct(wanted: Mapping[str, Sequence[Run]], asked: Request, jobs: int, say:
 
 
 def run_all(everything: Sequence[Run], jobs: int, say: Say) -> tuple[dict[str, Summary], dict[str, str]]:
-    """Harden, run and audit, as the runs ask; the summaries, and why the others failed, by the runs' names.
+    """Harden, run, audit and rank, as the runs ask; the summaries, and why the others failed, by the runs' names.
 
     Raises:
         FedsplitError: a run that cannot begin.
     """
+    check_splits(everything)
     failed = prepare(everything, jobs, say)
     able = [run for run in everything if run.name not in failed]
     validate(able, say)
     summaries, more = carry_out(able, jobs, say)
     failed |= more | attack(able, jobs, say)
-    audited = {run.name: found(Path(run.config.out)) for run in able if run.name in summaries}
-    return {n: {**s, **audited[n]} for n, s in summaries.items() if n not in failed}, failed
+    failed |= retrieve([run for run in able if run.name not in failed], jobs, say)
+    ended = {run.name: after(run) for run in able if run.name in summaries}
+    return {n: {**s, **ended[n]} for n, s in summaries.items() if n not in failed}, failed
 
 
 def took(minutes: float, jobs: int, asked: Request, outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ PATROL = "papers/patrol.toml"
 # Four blocks of half their heads and MLP units cost about what two whole blocks do.
 SHALLOW: Pairs = ("cut.front=2", "harden.keep-heads=1.0", "harden.keep-mlp=1.0", "harden.structures=")
 DEEP: Pairs = ("cut.front=4", "harden.keep-heads=0.5", "harden.keep-mlp=0.5", "harden.structures=heads,mlp")
+WHOLE: Pairs = ("cut.front=4", *SHALLOW[1:])
 # The front is hardened once, and then frozen: penalties act on the hardening alone.
 FROZEN: Pairs = ("train=body,tail", "front.penalties=")
 OURS = "our bar: of the paper the public text has the qualitative claim alone"
@@ -36,14 +37,18 @@ ARMS = (
     _arm("full", "PATROL: 4 blocks pruned by half", DEEP, "lipschitz,adversary"),
     _arm("full-merge", "PATROL, and merging of 4 x 4 tokens", DEEP, "lipschitz,adversary", "merge", MERGED),
     _arm("pruned", "pruned, no Lipschitz, no adversary", DEEP),
+    _arm("pruned-merge", "merging of 4 x 4 tokens behind 4 blocks pruned by half", DEEP, "", "merge", MERGED),
     _arm("pruned-adversary", "PATROL without Lipschitz", DEEP, "adversary"),
     _arm("lipschitz", "Lipschitz, not pruned, 2 blocks", SHALLOW, "lipschitz"),
     _arm("adversary", "adversary only, 2 blocks", SHALLOW, "adversary"),
     _arm("linear-adversary", "linear adversary only, 2 blocks", SHALLOW, "linear-adversary"),
     _arm("nopeek", "NoPeek, 2 blocks", SHALLOW, "nopeek"),
     *(_arm(name, f"{title}, 2 blocks", SHALLOW, "", edit, pairs) for name, (title, edit, pairs) in OTHERS.items()),
-    _arm("deep", "no defence, 4 whole blocks (twice the FLOPs)", ("cut.front=4", *SHALLOW[1:])),
+    _arm("deep", "no defence, 4 whole blocks (twice the FLOPs)", WHOLE),
+    _arm("deep-merge", "merging of 4 x 4 tokens behind 4 whole blocks (twice the FLOPs)", WHOLE, "", "merge", MERGED),
 )
+# No rival of PATROL at its cost: itself, or a front of another cost.
+APART = ("patrol-full", "patrol-full-merge", "patrol-none", "patrol-deep", "patrol-deep-merge")
 
 BOARD = Scoreboard(
     name="patrol",
@@ -56,7 +61,7 @@ BOARD = Scoreboard(
             Claim(f"{title}: {text}", OURS, figure, arm, "patrol-none", **bound)
             for arm, title in (
                 ("patrol-full", "PATROL"), ("patrol-merge", "merging"), ("patrol-full-merge", "PATROL and merging"),
-                ("patrol-shuffle", "patch shuffling"),
+                ("patrol-shuffle", "patch shuffling"), ("patrol-pruned-merge", "merging behind a pruned front"),
             )
             for text, figure, bound in (
                 ("the strongest fresh attack below SSIM 0.3", "ssim", {"high": 0.3}),
@@ -67,7 +72,7 @@ BOARD = Scoreboard(
         *(
             Claim(f"PATROL: ahead of {arm.title}", OURS, "ssim_gap", "patrol-full", arm.name, high=0.0)
             for arm in ARMS
-            if arm.name not in ("patrol-full", "patrol-full-merge", "patrol-none", "patrol-deep")
+            if arm.name not in APART
         ),
     ),
     reference="patrol-none",
@@ -76,8 +81,8 @@ BOARD = Scoreboard(
     quick_partitions=("iid",),
     quick_ablations=(),
     quick_arms=("patrol-none", "patrol-full", "patrol-noise"),
-    columns=("accuracy_points", "client_flops_ratio", "bytes_ratio", "worst_ssim", "worst_identified",
-             "worst_labels_right"),
+    columns=("accuracy_points", "client_flops_ratio", "bytes_ratio", "worst_ssim", "worst_psnr", "worst_identified",
+             "worst_labels_right", "rank1", "map"),
     notes=(
         "Every front is hardened for as long on as many images, with its defence or without; then it is frozen, and "
         "body and tail train in the federation.",
@@ -89,6 +94,7 @@ BOARD = Scoreboard(
     quick_hardening=("harden.images=150", "harden.epochs=2", "harden.finetune-epochs=3", "data.limit=200",
                      "data.test-limit=100"),
     audit=("audit.victims=32",),
+    retrieval=True,
     quick_audit=("audit.victims=8", "audit.images=64", "audit.attacks=closed-form,linear"),
     sizes=Sizes(
         images=("devices.count=10", "rounds=4", "data.limit=2000", "data.test-limit=1000", "optimizer.lr=0.001"),

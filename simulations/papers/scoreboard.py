@@ -11,6 +11,9 @@ from fedsplit.types import FedsplitError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
+# A folder of images with a file of this name has queries and a gallery of classes of their own.
+SPLIT = "retrieval_split.json"
+
 Pairs = tuple[str, ...]
 
 
@@ -42,7 +45,8 @@ class Arm:
     `pairs` make the arm what it is; `tuned` are values searched for it, such as its learning rate. Its ratios
     are to arm `reference`; empty is the scoreboard's. With `harden` it begins with the front that
     `fedsplit harden` makes by the same pairs and these; None is the backbone as it is. `front` is the arm whose
-    hardened front it begins with instead of one of its own.
+    hardened front it begins with instead of one of its own. One that sends what another arm sends need not be
+    `audited`.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Arm:
     reference: str = ""
     harden: Pairs | None = None
     front: str = ""
+    audited: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Scoreboard:
     `every_round` the global model is tested after every round, not the last alone: then there is a time to
     `target`, a fraction of the reference's last accuracy. --quick runs `quick_arms`, if there are any, alone.
     `hardening` holds for every hardening. With `audit`, keys of that section, every finished run that sends
-    activations is audited.
+    activations is audited. With `retrieval` they are ranked, too, where --data has a split for it (`papers.rank`).
     """
 
     name: str
@@ -119,6 +124,7 @@ class Scoreboard:
     quick_hardening: Pairs = ()
     audit: Pairs = ()
     quick_audit: Pairs = ()
+    retrieval: bool = False
     sizes: Sizes = field(default_factory=Sizes)
     minutes: float | None = None
 
@@ -158,7 +164,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a table: an arm on a partition with a seed; what comes before it, and how it is audited."""
+    """One training run of a table: an arm on a partition with a seed; what comes before it, and what after.
+
+    `audit` are pairs of its audit, `retrieval` is the folder of a split; empty is none.
+    """
 
     arm: str
     partition: str
@@ -166,6 +175,7 @@ class Run:
     config: Config
     hardening: Config | None = None
     audit: Pairs = ()
+    retrieval: str = ""
 
     @property
     def name(self) -> str:
@@ -204,13 +214,14 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
         raise FedsplitError(f"The scoreboard {board.name} has no arm '{unknown[0]}'; known: {', '.join(known)}.")
     cells = dict.fromkeys((*main_cells(board, request), *ablation_cells(board, request)))
     audit = board.quick_audit if request.quick else board.audit
+    ranked = request.data if board.retrieval and request.data and (Path(request.data) / SPLIT).is_file() else ""
     wanted = []
     for seed in range(request.seeds):
         for partition, arm in cells:
             config = configure(board, request, arm, partition, seed)
-            sends = config.cut.shape != "none"  # else there is nothing to attack
+            attacked = config.cut.shape != "none" and board.arm(arm).audited  # else there is nothing to attack
             before = hardening(board, request, board.arm(arm).front or arm, seed)
-            wanted.append(Run(arm, partition, seed, config, before, audit if sends else ()))
+            wanted.append(Run(arm, partition, seed, config, before, audit if attacked else (), ranked))
     return wanted
 
 

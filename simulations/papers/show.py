@@ -42,6 +42,8 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
         "accuracy",
     ),
     "worst_labels_right": ("labels %", "labels inferred from gradients; low is safer", "accuracy"),
+    "rank1": ("rank-1 %", "queries of unseen classes whose nearest image is of their class", "accuracy"),
+    "map": ("mAP %", "mean average precision of these queries", "accuracy"),
     "ssim": ("SSIM", "mean SSIM of the strongest attack's reconstructions; low is safer", "score"),
     "ssim_gap": ("SSIM gap", "worst SSIM less that of the other; low is safer", "gap"),
     "personal_accuracy": ("personal %", "clients' own models on their own held-out samples, last rounds", "accuracy"),
@@ -78,13 +80,14 @@ class Sheet:
 
 def table_of(board: Scoreboard, title: str, rows: Sequence[Mapping[str, Any]]) -> Sheet:
     """Accuracy and costs, a row an arm and partition."""
-    columns = (*places(board), "arm", "accuracy %", *(COLUMNS[name][0] for name in board.columns), "seeds")
+    shown = [name for name in board.columns if any(row[name] is not None for row in rows)]
+    columns = (*places(board), "arm", "accuracy %", *(COLUMNS[name][0] for name in shown), "seeds")
     cells = [
         (
             *places(board, row["partition"]),
             board.arm(row["arm"]).title,
             with_spread(row["accuracy_mean"], row["accuracy_std"], 100, "{:.1f}"),
-            *(cell(name, row[name]) for name in board.columns),
+            *(cell(name, row[name]) for name in shown),
             f"{row['seeds']}, {row['failed']} failed" if row["failed"] else str(row["seeds"]),
         )
         for row in rows
@@ -93,7 +96,7 @@ def table_of(board: Scoreboard, title: str, rows: Sequence[Mapping[str, Any]]) -
     notes = [
         "Accuracy of the global model after the last round: mean ± sample standard deviation over seeds.",
         f"Ratios, speed-ups and points: to {against}, same partition and seed; means.",
-        *dict.fromkeys(f"{COLUMNS[name][0].capitalize()}: {COLUMNS[name][1]}." for name in board.columns),
+        *dict.fromkeys(f"{COLUMNS[name][0].capitalize()}: {COLUMNS[name][1]}." for name in shown),
         *board.notes,
     ]
     return Sheet(where(board, title), columns, cells, group_ends([row["partition"] for row in rows]), notes)

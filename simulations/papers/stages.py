@@ -1,4 +1,4 @@
-"""What stands before and after a training run of a scoreboard: a hardened front, and an audit."""
+"""What stands before and after a training run of a scoreboard: a hardened front; an audit, and a ranking."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fedsplit.config import resolve
 from fedsplit.sweep import work
 from fedsplit.sweep.folders import worst as found
 from fedsplit.types import FedsplitError, Scalar
+from papers import rank
 from papers.scoreboard import Run
 
 Say = Callable[[str], None]
@@ -49,6 +50,36 @@ def attack(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
     return _each(tasks, jobs, "audited", say)
 
 
+def check_splits(runs: Sequence[Run]) -> None:
+    """Check the splits that runs are to be ranked by, before anything is trained.
+
+    Raises:
+        FedsplitError: one cannot be read, or is of classes that a run trains on.
+    """
+    for folder, classes in {(run.retrieval, run.config.data.classes) for run in runs if run.retrieval}:
+        rank.check(Path(folder), classes)
+
+
+def retrieve(runs: Sequence[Run], jobs: int, say: Say) -> dict[str, str]:
+    """Rank the queries of the finished runs' data, `jobs` at a time; what is there stays.
+
+    Returns:
+        Why it failed, by the runs' names.
+    """
+    tasks = {
+        run.name: (rank.keep, run.config.out, Path(run.retrieval))
+        for run in runs
+        if run.retrieval and (Path(run.config.out) / "summary.json").is_file() and not rank.kept(Path(run.config.out))
+    }
+    return _each(tasks, jobs, "ranked", say)
+
+
+def after(run: Run) -> dict[str, Any]:
+    """What audit and ranking found of a run."""
+    path = Path(run.config.out)
+    return {**found(path), **rank.kept(path)}
+
+
 def _each(tasks: Mapping[str, tuple[Any, ...]], jobs: int, word: str, say: Say) -> dict[str, str]:
     if not tasks:
         return {}
@@ -75,4 +106,4 @@ def _harden(values: Mapping[str, Scalar]) -> str:
     return f"accuracy {100 * card['after']['accuracy']:.1f} %" if "after" in card else "done"
 
 
-__all__ = ["attack", "found", "prepare"]
+__all__ = ["after", "attack", "check_splits", "prepare", "retrieve"]
