@@ -4,7 +4,8 @@
         [--out DIR] [--quick]
 
 Every point is a federated run (all of the model trains, the defence in place) and a `fedsplit audit` of it by two
-attacks, `linear` and `inverse-net`: worst_ssim is the worse of these, and a whole suite may find more. With --out
+attacks, `linear` and `inverse-net` (where the defence draws anew for every upload `averaged`, the same network on the
+mean of four): worst_ssim is the worse of these, and a whole suite may find more. With --out
 points that are there stay. Prints a table, writes pareto.csv and pareto.png, and one line of JSON last with `rows`:
 cut, defence, strength, accuracy, worst_ssim, client_flops, bytes, means over seeds, and whether no other point has
 lower SSIM and higher accuracy at no more client FLOPs (`front`).
@@ -22,7 +23,8 @@ from typing import Any
 
 from papers.conduct import add_options, conduct, folder, request
 from papers.figures import Results
-from papers.scoreboard import Arm, Partition, Request, Scoreboard, Sizes, runs
+from papers.patrol import ANEW
+from papers.scoreboard import Arm, Pairs, Partition, Request, Scoreboard, Sizes, runs
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,7 @@ DEFENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lipschitz": ("front.penalties", ("front.lipschitz.alpha=0.03", "front.lipschitz.alpha=0.3")),
     "adversary": ("front.penalties", ("front.adversary.beta=1", "front.adversary.beta=10")),
 }
+AVERAGED: Pairs = ("audit.attacks=linear,averaged", "audit.uploads=4")
 COLUMNS = ("cut", "defence", "strength", "accuracy", "worst_ssim", "client_flops", "bytes", "front", "seeds")
 
 
@@ -57,7 +60,9 @@ def arms(cuts: Sequence[int], defences: Sequence[str]) -> tuple[Arm, ...]:
             for number, strength in enumerate(strengths):
                 pairs = (f"cut.front={cut}", *((f"{key}={defence}", strength) if key else ()))
                 value = strength.rpartition("=")[2]
-                made.append(Arm(f"cut{cut}-{defence}-{number}", f"{cut}|{defence}|{value}", "demo.toml", pairs))
+                audit = AVERAGED if defence in ANEW else ()
+                name, title = f"cut{cut}-{defence}-{number}", f"{cut}|{defence}|{value}"
+                made.append(Arm(name, title, "demo.toml", pairs, audit=audit))
     return tuple(made)
 
 

@@ -29,7 +29,7 @@ def identity(run: Run) -> dict[str, Any]:
     Of a path its name alone counts: of a hardened front the keys of its hardening say more, of data `--data` does.
     """
     hardening = None if run.hardening is None else _keys(run.hardening)
-    return {"keys": _keys(run.config), "hardening": hardening, "audit": sorted(run.audit)}
+    return {"keys": _keys(run.config), "hardening": hardening, "audit": list(run.audit)}
 
 
 def _keys(config: Config) -> dict[str, Scalar]:

@@ -26,10 +26,25 @@ OTHERS = {
 }
 
 
+# A guard that draws anew for every upload is also attacked by the mean of a sample's uploads, one a round here.
+ANEW = ("noise", "feature-dropout", "shuffle")
+AVERAGED: Pairs = ("audit.attacks=closed-form,linear,rmle,inverse-net,averaged,labels", "audit.uploads=4")
+
+
 def _arm(name: str, title: str, shape: Pairs, penalties: str = "", edits: str = "", pairs: Pairs = ()) -> Arm:
+    attacks = AVERAGED if edits in ANEW else ()
     kept = tuple(pair for pair in shape if not pair.startswith("harden."))
     hardening = (*(pair for pair in shape if pair.startswith("harden.")), "train=all", f"front.penalties={penalties}")
-    return Arm(f"patrol-{name}", title, PATROL, (*kept, f"front.edits={edits}", *pairs, *FROZEN), (), "", hardening)
+    return Arm(
+        f"patrol-{name}",
+        title,
+        PATROL,
+        (*kept, f"front.edits={edits}", *pairs, *FROZEN),
+        (),
+        "",
+        hardening,
+        audit=attacks,
+    )
 
 
 ARMS = (
@@ -87,7 +102,8 @@ BOARD = Scoreboard(
         "Every front is hardened for as long on as many images, with its defence or without; then it is frozen, and "
         "body and tail train in the federation.",
         "Hardening draws its images from the whole training set, the devices hold its first ones: few are in both.",
-        "Attacks: suite 'quick' of fedsplit audit, attackers that know weights and defence, images of the test set.",
+        "Attacks: suite 'quick' of fedsplit audit, attackers that know weights and defence, images of the test set; "
+        "where the defence draws anew for every upload, also 'averaged', on the mean of four uploads of a sample.",
     ),
     hardening=("harden.images=2000", "harden.epochs=6", "harden.finetune-epochs=4", "front.nopeek.weight=1",
                "front.linear-adversary.weight=0.3", "front.linear-adversary.threshold=0.3"),

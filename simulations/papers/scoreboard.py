@@ -46,7 +46,7 @@ class Arm:
     are to arm `reference`; empty is the scoreboard's. With `harden` it begins with the front that
     `fedsplit harden` makes by the same pairs and these; None is the backbone as it is. `front` is the arm whose
     hardened front it begins with instead of one of its own. One that sends what another arm sends need not be
-    `audited`.
+    `audited`; `audit` are pairs of its audit beside the scoreboard's, which --quick leaves out.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Arm:
     harden: Pairs | None = None
     front: str = ""
     audited: bool = True
+    audit: Pairs = ()
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,11 @@ def runs(board: Scoreboard, request: Request) -> list[Run]:
     for seed in range(request.seeds):
         for partition, arm in cells:
             config = configure(board, request, arm, partition, seed)
-            attacked = config.cut.shape != "none" and board.arm(arm).audited  # else there is nothing to attack
-            before = hardening(board, request, board.arm(arm).front or arm, seed)
-            wanted.append(Run(arm, partition, seed, config, before, audit if attacked else (), ranked))
+            its = board.arm(arm)
+            before = hardening(board, request, its.front or arm, seed)
+            attacks = (*audit, *its.audit) if not request.quick else audit
+            attacked = config.cut.shape != "none" and its.audited  # else there is nothing to attack
+            wanted.append(Run(arm, partition, seed, config, before, attacks if attacked else (), ranked))
     return wanted
 
 
