@@ -8,7 +8,8 @@ attacks, `linear` and `inverse-net` (where the defence draws anew for every uplo
 mean of four): worst_ssim is the worse of these, and a whole suite may find more. With --out
 points that are there stay. Prints a table, writes pareto.csv and pareto.png, and one line of JSON last with `rows`:
 cut, defence, strength, accuracy, worst_ssim, client_flops, bytes, means over seeds, and whether no other point has
-lower SSIM and higher accuracy at no more client FLOPs (`front`).
+lower SSIM and higher accuracy at no more client FLOPs (`front`). `matched` are the defences at equal accuracy: of
+each at every cut the strength with the lowest SSIM that loses at most a point to no defence at that cut.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ DEFENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adversary": ("front.penalties", ("front.adversary.beta=1", "front.adversary.beta=10")),
 }
 AVERAGED: Pairs = ("audit.attacks=linear,averaged", "audit.uploads=4")
+TITLE = "Privacy (worst SSIM, low is safer) against accuracy and cost; * no other point is better"
+POINTS = 1.0  # so many points of accuracy are still called equal
 COLUMNS = ("cut", "defence", "strength", "accuracy", "worst_ssim", "client_flops", "bytes", "front", "seeds")
 
 
@@ -146,10 +149,13 @@ def study(points: Scoreboard, asked: Request, jobs: int, keep: bool = False) -> 
         writer.writerows(rows)
     if rows:
         drawn([as_point(row) for row in rows]).save(asked.out / "pareto.png")
+    best = matched(rows)
     show(rows)
+    if best:
+        show(best, f"At most {POINTS:g} point of accuracy below no defence at the same cut: the safest of each")
     for name, why in outcome.failed.items():
         print(f"Failed: {name}: {why}")
-    print(json.dumps({"rows": rows}))
+    print(json.dumps({"rows": rows, "matched": best}))
     return 1 if outcome.failed else 0
 
 
@@ -180,15 +186,25 @@ def undominated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "front": best} for row, best in zip(rows, unbeaten([as_point(row) for row in rows]), strict=True)]
 
 
+def matched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each defence at each cut the row of lowest SSIM within `POINTS` of no defence there; none where none is."""
+    plain = {row["cut"]: row["accuracy"] for row in rows if row["defence"] == "none"}
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: float(row["worst_ssim"])):
+        if row["cut"] in plain and row["accuracy"] >= plain[row["cut"]] - POINTS / 100:
+            best.setdefault((row["cut"], row["defence"]), row)
+    return sorted(best.values(), key=lambda row: (row["cut"], row["worst_ssim"]))
+
+
 def as_point(row: Mapping[str, Any]) -> Point:
     """A row as a point of the picture."""
     figures = (float(row[name]) for name in ("accuracy", "worst_ssim", "client_flops"))
     return Point(str(row["defence"]), str(row["cut"]), *figures)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]], title: str = TITLE) -> None:
     """Print the table."""
-    table = Table(title="Privacy (worst SSIM, low is safer) against accuracy and cost; * no other point is better")
+    table = Table(title=title)
     for name in ("cut", "defence", "strength", "accuracy %", "worst SSIM", "client GFLOPs", "MB", ""):
         table.add_column(name, justify="left" if name == "defence" else "right")
     for row in rows:
