@@ -57,7 +57,9 @@ def short_table(every: Sequence[Entry]) -> str:
             _origin(entry),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*_counts(shown), "", *lines]) + "\n"
+    # Folded, where the page is shown: seventy rows would bury what comes after.
+    folded = ["<details>", f"<summary>All {len(shown)} rows, a claim each</summary>", "", *lines, "", "</details>"]
+    return "\n".join([*_counts(shown), "", *folded]) + "\n"
 
 
 def _counts(shown: Iterable[Entry]) -> list[str]:
