@@ -9,6 +9,7 @@ import torch
 from fedsplit.types import FedsplitError, Tensors, Update
 from fedsplit.wire.frame import unpack
 from fedsplit.wire.link import Link
+from fedsplit.wire.parts import finite
 
 
 class Refused(Exception):
@@ -45,7 +46,7 @@ def admit(
     _check({name: x for name, x in state.items() if "|" not in name}, server, may_lack)
     _check(notes, {name: x for name, x in server.items() if name not in state})
     for name, moment in state.items():
-        if not torch.isfinite(moment).all():
+        if not finite(moment):
             raise Refused(f"'{name}' holds values that are not finite")
     return tensors, state, notes
 
@@ -61,7 +62,7 @@ def _check(tensors: Tensors, expected: Mapping[str, torch.Tensor], may_lack: Col
         value = expected[name]
         if given.shape != value.shape or given.dtype != value.dtype:
             raise Refused(f"'{name}' is {_form(given)} instead of {_form(value)}")
-        if not torch.isfinite(given).all():
+        if not finite(given):
             raise Refused(f"'{name}' holds values that are not finite")
 
 

@@ -41,7 +41,8 @@ class Codec(Protocol):
     one before hands on; whole numbers pass.
 
     A codec may have two more methods, which return its new memory. `echo(received, memory, context)`, after
-    every encoding: what the receiver's `decode` of this stage will be given. `hold(x, memory, context)`: the
+    every encoding (on the streams `echoed`, if it names some): what the receiver's `decode` of this stage will be
+    given. `hold(x, memory, context)`: the
     value of a parameter that this end of the wire has, before it goes up or after what came down was trained.
     """
 

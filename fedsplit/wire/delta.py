@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsplit.types import FedsplitError, Tensors
+from fedsplit.types import FedsplitError, Stream, Tensors
 from fedsplit.wire.codec import WHOLE
 from fedsplit.wire.link import Context
 
@@ -31,11 +31,13 @@ class Delta:
     Deviates: activations and their gradients are refused, since no two messages are about the same samples.
     """
 
+    echoed: ClassVar[tuple[Stream, ...]] = ("parameters-down",)
+
     def encode(self, x: Tensor, memory: Any, context: Context) -> tuple[Tensor, Tensors, Any]:
         """The difference, or `x` whole."""
         if memory is None:
             return x, {WHOLE: torch.empty(0, dtype=torch.uint8)}, None
-        return x - memory[REFERENCE], {}, memory
+        return x - memory[REFERENCE], {}, memory if context.stream in self.echoed else None
 
     def echo(self, received: Tensor, memory: Any, context: Context) -> Any:
         """The reference of the next time, as the receiver makes it."""

@@ -17,6 +17,7 @@ from fedsplit.rng import key
 from fedsplit.types import STREAMS, FedsplitError, Stream, Tensors
 from fedsplit.wire.codec import MOST_VALUES, PARAMETERS, WHOLE, Codec, Codecs, Context, Shapes, Squeeze, Tap, squeezes
 from fedsplit.wire.frame import frame_length, pack, unpack
+from fedsplit.wire.parts import finite
 
 __all__ = ["Codec", "Codecs", "Context", "Link", "Tap"]
 
@@ -143,7 +144,7 @@ class Link:
             if WHOLE in side:
                 break
         coded[name] = x
-        if any(hasattr(codec, "echo") for codec in stages):
+        if any(hasattr(codec, "echo") and stream in getattr(codec, "echoed", STREAMS) for codec in stages):
             for number, (before, side) in reversed(list(enumerate(trail))):
                 slot, codec, context = (stream, name, number), stages[number], self._context(stream, name, number)
                 if hasattr(codec, "echo"):
@@ -193,7 +194,7 @@ def _sound(x: Tensor, stream: Stream, name: str) -> Tensor:
     if x.dtype is not torch.float32:
         raise FedsplitError(f"'{name}' ({stream}) is {x.dtype}, and codecs take float32; leave wire.{stream} empty.")
     x = x.cpu()
-    if not torch.isfinite(x).all():
+    if not finite(x):
         raise FedsplitError(
             f"'{name}' ({stream}) holds values that are not finite, which no codec can send; lower optimizer.lr."
         )

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit import rng
 from fedsplit.types import Tensors, knob
 from fedsplit.wire.link import Context
-from fedsplit.wire.parts import pack_bits, shape_part, take, take_shape, unpack_bits
+from fedsplit.wire.parts import pack_levels, shape_part, take, take_shape, unpack_levels
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class Qsgd:
         share = values.abs() / norm.where(norm > 0, torch.ones(())).unsqueeze(-1)
         draw = torch.rand(share.shape, generator=rng.torch_rng(context.key))
         level = (share * self.levels + draw).floor().clamp(0, self.levels) * values.sign()
-        whole = (level.reshape(-1)[: x.numel()] + self.levels).to(torch.uint8).numpy()
-        bits = np.unpackbits(whole[:, None], axis=1)[:, 8 - self.bits :]
-        return pack_bits(torch.from_numpy(bits.astype(bool))), {"norm": norm} | shape_part(x), memory
+        whole = (level.reshape(-1)[: x.numel()] + self.levels).to(torch.uint8)
+        return pack_levels(whole, self.bits), {"norm": norm} | shape_part(x), memory
 
     def decode(self, x: Tensor, side: Tensors, memory: Any, context: Context) -> tuple[Tensor, Any]:
         """`x` in float32."""
@@ -59,9 +57,8 @@ class Qsgd:
             return x, memory
         shape = take_shape(side, context.most)
         size = math.prod(shape)
-        bits = unpack_bits(x, size * self.bits).numpy().reshape(size, self.bits)
-        whole = np.packbits(bits, axis=1)[:, 0] >> (8 - self.bits) if size else np.zeros(0, dtype=np.uint8)
-        level = self._buckets(torch.from_numpy(whole.astype(np.float32)) - self.levels)
+        whole = unpack_levels(x, size, self.bits)
+        level = self._buckets(whole.to(torch.float32) - self.levels)
         norm = take(side, "norm", torch.float32, (len(level),))
         values = level.clamp(-self.levels, self.levels) * (norm / self.levels).unsqueeze(-1)
         return values.reshape(-1)[:size].reshape(shape), memory

@@ -50,11 +50,11 @@ class Recover:
         if self.keep == 1 or first or _small(x, context) or not x.numel():
             return x, {WHOLE: torch.empty(0, dtype=torch.uint8)}, after
         mask = parts.largest(x.reshape(1, -1), count_of(x.numel(), self.keep)).reshape(-1)
-        rest = x.reshape(-1)[~mask].float()
+        rest = x.reshape(-1).masked_select(~mask).float()
         size = rest.abs().double()
         part = torch.stack([size.mean(), size.amax()]).float() if len(rest) else torch.zeros(2)
         side = parts.where_part(mask) | {"sign": parts.pack_bits(rest >= 0), "part": part} | parts.shape_part(x)
-        return x.reshape(-1)[mask], side, after
+        return x.reshape(-1).masked_select(mask), side, after
 
     def decode(self, x: Tensor, side: Tensors, memory: Any, context: Context) -> tuple[Tensor, Any]:
         """The recovered tensor; `memory` holds the stale value, where there is one."""
@@ -81,14 +81,13 @@ class Recover:
         if stale is not None and self.rule != "none":
             if stale.shape != shape:
                 raise FedsplitError(f"the stale copy is {tuple(stale.shape)}")
-            held = stale.reshape(-1)[~mask]
+            held = stale.reshape(-1).masked_select(~mask)
             agree = (held >= 0) == signs
             if self.rule == "paper":
                 guess = held.where(agree & (held.abs() <= most), guess)
             else:
                 guess = held.clamp(-most, most).where(agree, guess)
-        out = torch.empty(size)
-        out[mask], out[~mask] = x.float(), guess
+        out = torch.empty(size).masked_scatter_(mask, x.float()).masked_scatter_(~mask, guess)
         return out.reshape(shape)
 
 

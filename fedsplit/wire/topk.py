@@ -76,7 +76,7 @@ def _kept(x: Tensor, tokens: Tensor, keep: float, memory: Any) -> tuple[Tensor, 
     if not x.numel():
         return x.reshape(-1), where_part(torch.zeros(0, dtype=torch.bool)) | shape_part(x), memory
     mask = largest(tokens, count_of(tokens.shape[1], keep)).reshape(-1)
-    return x.reshape(-1)[mask], where_part(mask) | shape_part(x), memory
+    return x.reshape(-1).masked_select(mask), where_part(mask) | shape_part(x), memory
 
 
 def _spread(x: Tensor, side: Tensors, shape: tuple[int, ...], count: int) -> Tensor:
@@ -84,5 +84,4 @@ def _spread(x: Tensor, side: Tensors, shape: tuple[int, ...], count: int) -> Ten
         raise FedsplitError(f"it has values {tuple(x.shape)} where {count} belong")
     mask = take_where(side, math.prod(shape), count)
     out = torch.zeros(math.prod(shape), dtype=x.dtype)
-    out[mask] = x
-    return out.reshape(shape)
+    return out.masked_scatter_(mask, x).reshape(shape)

@@ -17,6 +17,7 @@ from fedsplit.wire import CODECS
 from fedsplit.wire.codec import PARAMETERS
 from fedsplit.wire.frame import pack
 from fedsplit.wire.link import Link
+from fedsplit.wire.parts import finite, largest, pack_bits, pack_levels, unpack_levels
 
 # Settings of every codec that the contracts are checked with.
 SETTINGS: dict[str, list[dict[str, Any]]] = {name: [{}] for name in CODECS} | {
@@ -218,3 +219,47 @@ def test_orders_and_scores_beside_the_activations_arrive_as_they_are() -> None:
     one, other = ends(CODECS["sign"]())
     got = other.decode(UP, one.encode(UP, {"x": torch.randn(2, 3, 4), **order.tensors()}))
     assert Order.read(got) == Order.read(order.tensors())
+
+
+@given(st.integers(2, 8), st.lists(st.integers(0, 255), max_size=40))
+def test_levels_are_packed_as_bits_in_a_row(bits: int, numbers: list[int]) -> None:
+    levels = torch.tensor([n % 2**bits for n in numbers], dtype=torch.uint8)
+    flags = [bool(n >> shift & 1) for n in levels.tolist() for shift in range(bits - 1, -1, -1)]
+    packed = pack_levels(levels, bits)
+    assert torch.equal(packed, pack_bits(torch.tensor(flags, dtype=torch.bool)))
+    assert torch.equal(unpack_levels(packed, len(levels), bits), levels)
+    for wrong in (torch.cat([packed, packed.new_zeros(1)]), packed.to(torch.int16)):
+        with pytest.raises(FedsplitError, match="bytes are not"):
+            unpack_levels(wrong, len(levels), bits)
+    if len(levels) * bits % 8:
+        packed[-1] |= 1
+        with pytest.raises(FedsplitError, match="go on after their end"):
+            unpack_levels(packed, len(levels), bits)
+
+
+@given(st.integers(1, 5), st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.data())
+def test_the_largest_are_those_of_a_stable_sort(tokens: int, numbers: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(numbers)))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.stack([torch.tensor(numbers, dtype=dtype).roll(k) for k in range(tokens)])
+        wanted = torch.zeros_like(x, dtype=torch.bool)
+        wanted.scatter_(1, x.abs().sort(1, descending=True, stable=True).indices[:, :count], True)
+        assert torch.equal(largest(x, count), wanted)
+
+
+def test_values_that_are_not_finite_are_found_and_a_sum_that_is_not_is_no_proof() -> None:
+    assert finite(torch.zeros(0)) and finite(torch.full((9,), 3e38)) and finite(torch.ones(3, dtype=torch.int64))
+    for odd in (math.inf, -math.inf, math.nan):
+        assert not finite(torch.tensor([1.0, odd])) and not finite(torch.tensor([math.inf, odd]))
+
+
+def test_an_upload_of_differences_is_not_decoded_by_its_sender() -> None:
+    down, up = (Link({s: [CODECS["delta"]()] for s in PARAMETERS}) for _ in range(2))
+    for link, stream in ((down, "parameters-down"), (up, "parameters-up")):
+        x = {"w": torch.arange(6.0)}
+        if stream == "parameters-up":
+            link.hold(stream, x)
+        else:
+            link.encode(stream, x)
+        link.encode(stream, {"w": torch.ones(6)})
+        assert bool(link.kept()) == (stream == "parameters-down"), "what went up is no reference of anything"
