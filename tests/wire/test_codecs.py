@@ -243,7 +243,7 @@ def test_the_largest_are_those_of_a_stable_sort(tokens: int, numbers: list[int],
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.stack([torch.tensor(numbers, dtype=dtype).roll(k) for k in range(tokens)])
         wanted = torch.zeros_like(x, dtype=torch.bool)
-        wanted.scatter_(1, x.abs().sort(1, descending=True, stable=True).indices[:, :count], True)
+        wanted.scatter_(1, x.abs().sort(dim=1, descending=True, stable=True).indices[:, :count], True)
         assert torch.equal(largest(x, count), wanted)
 
 
