@@ -79,8 +79,9 @@ class Sheet:
 
 
 def table_of(board: Scoreboard, title: str, rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    """Accuracy and costs, a row an arm and partition."""
-    shown = [name for name in board.columns if any(row[name] is not None for row in rows)]
+    """Accuracy and costs, a row an arm and partition; without columns of which no run that ended has a figure."""
+    ended = any(row["accuracy_mean"] is not None for row in rows)
+    shown = [name for name in board.columns if not ended or any(row[name] is not None for row in rows)]
     columns = (*places(board), "arm", "accuracy %", *(COLUMNS[name][0] for name in shown), "seeds")
     cells = [
         (
