@@ -56,7 +56,7 @@ class LayerDrop:
         """The operations (M, L, U) int8: dropped blocks SKIP, all others FULL; row m is drawn from stream (key, m).
 
         With a fixed count each micro-batch drops `dropped(n)` blocks; its number is rounded, so a small rate
-        of few blocks may be 0. More than may be dropped is cut down to that; `check` refuses both.
+        of few blocks may be 0. More than may be dropped is cut down to that; `check` refuses it.
         """
         ops = torch.full((ask.micro_batches, ask.depth, ask.units), int(Op.FULL), dtype=torch.int8)
         n, fixed = len(ask.blocks), self.count == "fixed"
@@ -96,10 +96,10 @@ class LayerDrop:
         return min(_nearest(self.rate * n), _most(n, self.keep))
 
     def check(self, ask: Ask) -> None:
-        """Refuses a rate that asks for more blocks than may be dropped, or, rounded, for none; `plan` would obey.
+        """Refuses a rate that asks for more blocks than may be dropped; `plan` would drop fewer.
 
         Raises:
-            FedsplitError: with the largest or smallest rate that can be had.
+            FedsplitError: with the largest rate that can be had.
         """
         n = len(ask.blocks)
         fixed = self.count == "fixed"
@@ -109,11 +109,6 @@ class LayerDrop:
             raise FedsplitError(
                 f"none of the body's {n} block{'s' * (n != 1)} may be dropped; "
                 "give it more by a lower cut.front or cut.tail, or set rate=0."
-            )
-        if self.rate and not wanted:
-            raise FedsplitError(
-                f"rate={self.rate:g} of {n} blocks, rounded, drops none; "
-                f"give rate={math.floor(50 / n) / 100 + 0.01:g} or more, count=bernoulli, or rate=0."
             )
         if wanted > most + 1e-9:
             raise FedsplitError(
