@@ -60,7 +60,7 @@ WITHOUT: tuple[tuple[str, str, Pairs, Pairs | None], ...] = (
         ("wire.activations-up=", "wire.activations-down=", "wire.gradients-up=", "wire.gradients-down="), (),
     ),
 )  # fmt: skip
-# They send the same pictures through the same front and codecs as all together: an audit finds the same.
+# They send the same pictures through the same front and codecs as all together: audits differ in the third digit.
 ALIKE = ("el2n", "local", "lora", "d2ft", "droppeft", "caesar")
 FEDAVG: Pairs = (
     "train=all", "cut.shape=none", "cut.pool=tail", "front.edits=", "data.select=", "local.phases=", "local.head=auto",

@@ -49,6 +49,7 @@ def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path) -> N
     command = [sys.executable, str(SCRIPT), str(run), "--data", str(data)]
     for split, said in (
         (None, "cannot be read"),
+        ({"query": [], "gallery": []}, "cannot be read"),
         ({"query": ["p2"], "gallery": ["nope"]}, "no image 'nope'"),
         ({"query": ["p2"], "gallery": ["p1", "p22"]}, "of classes that are trained on; set data.classes=1, or fewer"),
     ):

@@ -84,7 +84,10 @@ def chosen(folder: Path, every: int) -> dict[str, list[str]]:
     """
     try:
         split = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
-        return {name: list(split[name])[::every] for name in ("query", "gallery")}
+        found = {name: list(split[name])[::every] for name in ("query", "gallery")}
+        if not all(found.values()):
+            raise ValueError("no ids")
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedsplitError(
             f"{folder / SPLIT} cannot be read ({type(error).__name__}); give a folder that holds it, with lists of "
