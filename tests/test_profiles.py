@@ -183,7 +183,7 @@ def test_doctor_writes_a_profile_that_a_fleet_takes(tmp_path: Path, capsys: pyte
         assert main(["doctor", *wrong]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_study_of_calibration(repository: Path) -> None:
     command = [sys.executable, str(repository / "simulations" / "calibration.py"), "--quick", "--only", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=400)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "simulations"))
+
+import retrieval
 from picture_files import pictures, write_split
 
 from fedsplit.cli.main import main
 from fedsplit.metrics.retrieval import retrieve
-
-SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "retrieval.py"
 
 
 def test_a_ranking_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_perfect_and_hopeless_features() -> None:
 
 
 @pytest.mark.slow
-def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     for part, first in (("train", 0), ("test", 20)):
@@ -46,7 +46,7 @@ def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path) -> N
     sizes = {"rounds": 1, "devices.count": 2, "data.partition": "iid", "local.batch-size": 4, "data.classes": 2}
     pairs = [f"--set={key}={value}" for key, value in {**sizes, "data.source": data, "data.cache": tmp_path}.items()]
     assert main(["run", *pairs, "--out", str(run), "--quiet"]) == 0
-    command = [sys.executable, str(SCRIPT), str(run), "--data", str(data)]
+    asked = [str(run), "--data", str(data)]
     for split, said in (
         (None, "cannot be read"),
         ({"query": [], "gallery": []}, "cannot be read"),
@@ -55,11 +55,10 @@ def test_the_study_reads_the_split_and_says_what_is_missing(tmp_path: Path) -> N
     ):
         if split is not None:
             (data / "retrieval_split.json").write_text(json.dumps(split))
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr
+        assert retrieval.main(asked) == 2 and said in capsys.readouterr().err
     split = {"query": ["p2", "p3"], "gallery": ["p22", "p23", "p6"]}  # the pictures of p2 and p22 are the same
     (data / "retrieval_split.json").write_text(json.dumps(split))
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    assert retrieval.main(asked) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["queries"] == 2 and found["gallery"] == 3
     assert found["rank1"] == found["rank1_before"] == 1.0, "an image is nearest to itself"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,8 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
     prefix is a fair sample.
     """
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    found = load_digits()
-    labels = found.target.astype(np.int64)
+    values, labels = _digits_of_sklearn()
     order = np.asarray(sorted(range(len(labels)), key=lambda row: rng.key(0, "digits", row)))
     # Position within the class, as a share of it: the smallest shares are a stratified sample.
     share = np.empty(len(labels))
@@ -93,7 +92,7 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
         rows = order[mask[order] & (labels[order] < len(classes))][: limit or None]
         if hollow:
             return Images(_blank(len(rows), size), labels[rows])
-        grey = np.round(found.images[rows] * (255 / 16)).astype(np.uint8)
+        grey = np.round(values[rows] * (255 / 16)).astype(np.uint8)
         pixels = np.empty((len(rows), size, size, 3), np.uint8)
         for slot, image in enumerate(grey):
             pixels[slot] = decode.scaled(Image.fromarray(image), size, settings.resize, "digits")
@@ -101,6 +100,23 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
         return Images(pixels, labels[rows])
 
     return DataSet("digits", part(first, settings.limit), part(~first, settings.test_limit), classes)
+
+
+def _digits_of_sklearn() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Grey values from 0 to 16, (1797, 8, 8), and labels, (1797,), as `sklearn.datasets.load_digits` gives them.
+
+    From the file that it reads, where that is found: its import takes longer than a small run, in every process.
+    """
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        file = Path(folder, "datasets", "data", "digits.csv.gz")
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return found.images, found.target.astype(np.int64)
 
 
 def _folder(settings: Data, path: Path, size: int, hollow: bool) -> DataSet:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from fedsplit.sweep.work import Order, work
 
 # What runs import: this first, as it mends torchvision.
-IMPORTED = ["fedsplit.sweep.work", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "peft"]
+IMPORTED = ["fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg", "peft"]
 HEARTBEAT_S = 1.0
 
 T = TypeVar("T")

@@ -211,5 +211,5 @@ def test_a_shadow_front_stands_for_the_one_that_is_not_known() -> None:
 
 @pytest.mark.slow
 def test_fsha_leads_clients_into_its_own_feature_space() -> None:
-    found = run("fsha", saw(identity), knows(hijack=Clients(), auxiliary=AUXILIARY), steps=300)
+    found = run("fsha", saw(identity), knows(hijack=Clients(), auxiliary=AUXILIARY), steps=150)
     assert mse(found) < 0.8 * mse(MEAN)

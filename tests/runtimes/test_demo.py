@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +24,10 @@ TINY = [
 ]
 
 
-def demo(*pairs: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedsplit.demo", *pairs]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ})
-
-
 @pytest.mark.slow
 def test_the_demo_shows_rounds_a_table_and_where_things_are(tmp_path: Path) -> None:
-    done = demo(*TINY, f"out={tmp_path / 'run'}")
+    command = [sys.executable, "-m", "fedsplit.demo", *TINY, f"out={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("round   1", "accuracy", "up (MB)", "wall (s)", "run folder", "accuracy.png", "partition.png"):
         assert word in done.stdout, word
@@ -54,14 +49,16 @@ def test_a_failed_demo_exits_with_an_error(
     assert capsys.readouterr().err == "fedsplit: flwr run failed: 2 of 3 clients succeeded\n"
 
 
-def test_the_demo_wants_a_checkout(tmp_path: Path) -> None:
-    done = demo(cwd=tmp_path)
-    assert done.returncode == 2 and "top of a checkout" in done.stdout
+def test_the_demo_wants_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fedsplit.demo.main([]) == 2 and "top of a checkout" in capsys.readouterr().out
 
 
-def test_a_bad_key_is_one_sentence() -> None:
-    done = demo("sead=1")
-    assert done.returncode == 1 and "did you mean 'seed'" in done.stderr
+def test_a_bad_key_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    assert fedsplit.demo.main(["sead=1"]) == 1 and "did you mean 'seed'" in capsys.readouterr().err
 
 
 def test_relative_paths_mean_the_callers_folder(tmp_path: Path) -> None:
