@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     begun = time.monotonic()
     watch = Follow(Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH))
     if not (options.dry_run or options.ray) and all(each.config.device == "cpu" for each in runs):
-        pool.ready()  # imports beside the checks
+        pool.ready([each.config.values for each in runs])  # imports beside the checks
     try:
         with watch:
             there = conduct.check(runs, watch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, get_context
@@ -14,9 +14,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from fedsplit.sweep.work import Order, work
+from fedsplit.types import Scalar, split_names
 
 # What runs import: this first, as it mends torchvision.
-IMPORTED = ["fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg", "peft"]
+IMPORTED = ["fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+# What runs with adapters import besides; it takes longer than all the others together.
+ADAPTERS = ["peft"]
 HEARTBEAT_S = 1.0
 
 T = TypeVar("T")
@@ -108,7 +111,7 @@ def start(run: Any, order: Order) -> Child:
     os.environ["OMP_NUM_THREADS"] = "1"  # the new process reads it when it imports torch
     if order.values["device"] == "cpu" and sys.platform == "linux":
         context: Any = get_context("forkserver")
-        ready()
+        ready([order.values])
     else:
         context = get_context("spawn")
     reply, send = context.Pipe(duplex=False)
@@ -118,9 +121,13 @@ def start(run: Any, order: Order) -> Child:
     return Child(run, process, reply, time.monotonic())
 
 
-def ready() -> None:
-    """Begin the process that imports once for all runs, if it is not there yet; does not wait for it."""
-    forkserver.set_forkserver_preload(IMPORTED)
+def ready(runs: Iterable[Mapping[str, Scalar]]) -> None:
+    """Begin the process that imports once for all runs, if it is not there yet; does not wait for it.
+
+    `runs` are the values of the first of them, or of all: whether they have adapters decides what it imports.
+    """
+    adapters = any("lora" in split_names(str(values["body.edits"])) for values in runs)
+    forkserver.set_forkserver_preload([*IMPORTED, *(ADAPTERS if adapters else ())])
     kept = dict(os.environ)
     # It is a `python -c`, which would import from the working directory before all else.
     os.environ.update(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
