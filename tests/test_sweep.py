@@ -87,7 +87,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Here()
 
     monkeypatch.setattr(command, "crew", crew)
-    monkeypatch.setattr(pool, "ready", lambda: None)
+    monkeypatch.setattr(pool, "ready", lambda runs: None)
 
 
 def table(out: Path) -> list[dict[str, Any]]:
