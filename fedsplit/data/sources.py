@@ -105,7 +105,7 @@ def _digits(settings: Data, size: int, hollow: bool) -> DataSet:
 def _digits_of_sklearn() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Grey values from 0 to 16, (1797, 8, 8), and labels, (1797,), as `sklearn.datasets.load_digits` gives them.
 
-    From the file that it reads, where that is found: its import takes longer than a small run, in every process.
+    From the file that it reads, where that is found: its import takes seconds, in every process.
     """
     package = find_spec("sklearn")
     for folder in (package.submodule_search_locations or ()) if package else ():

@@ -18,7 +18,7 @@ from fedsplit.types import Scalar, split_names
 
 # What runs import: this first, as it mends torchvision.
 IMPORTED = ["fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-# What runs with adapters import besides; it takes longer than all the others together.
+# What runs with adapters import besides; it takes seconds.
 ADAPTERS = ["peft"]
 HEARTBEAT_S = 1.0
 
