@@ -33,8 +33,8 @@ ALL = "combos/all.toml"
 PLAIN: Pairs = (
     "train=all", "front.edits=merge", "body.edits=", "body.plans=", "data.select=", "local.phases=", "control.tune=",
     "share.merge=fedavg", "local.head=auto", "optimizer.lr=0.0005", "front.penalties=lipschitz,adversary",
-    "front.lipschitz.alpha=0.003", "front.adversary.beta=1", "harden.structures=heads,mlp", "harden.keep-heads=0.5",
-    "harden.keep-mlp=0.5",
+    "front.lipschitz.alpha=0.003", "front.adversary.beta=1", "harden.structures=heads,mlp", "harden.keep-heads=0.75",
+    "harden.keep-mlp=0.75", "local.epochs=1",
 )  # fmt: skip
 OURS = "our aim; no paper has all five"
 AIMS = (
