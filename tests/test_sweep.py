@@ -11,9 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import Pipe
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -316,19 +314,6 @@ def gone(mark: str) -> None:
     while left := [one for one in processes._marked(mark) if one.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, [one.cmdline() for one in left]
         time.sleep(0.05)
-
-
-def test_a_run_ends_with_the_process_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    sentinel, parent = Pipe(duplex=False)
-    monkeypatch.setattr(work, "parent_process", lambda: SimpleNamespace(sentinel=sentinel.fileno()))
-    monkeypatch.setattr(os, "_exit", ended.append)
-    leash = work.leash()
-    leash.join(0.05)
-    assert leash.is_alive() and not ended
-    parent.close()
-    leash.join(10)
-    assert ended == [1]
 
 
 @pytest.mark.parametrize(

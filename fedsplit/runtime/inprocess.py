@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedsplit.client import client_round
 from fedsplit.config import Config, resolve
 from fedsplit.round import Runner
-from fedsplit.runtime import faults
+from fedsplit.runtime import faults, forks
 from fedsplit.types import Failure, Job, Scalar, Update
 from fedsplit.world import world
 
@@ -60,6 +60,10 @@ class Pool:
     config: Config
     _pool: ProcessPoolExecutor | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        """What the processes need is imported while this one prepares the run."""
+        forks.context(self.config.values)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Update | Failure]:
         """One result per job, as they finish."""
         pool = self._pool or self._start()
@@ -86,9 +90,12 @@ class Pool:
             self._pool = None
 
     def _start(self) -> ProcessPoolExecutor:
-        # Spawned, not forked: a fork of a process that has used torch's threads may hang.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.config.engine.workers, mp_context=context)
+        self._pool = ProcessPoolExecutor(
+            self.config.engine.workers,
+            mp_context=forks.context(self.config.values),
+            initializer=forks.enter,
+            initargs=(dict(os.environ),),
+        )
         return self._pool
 
     def _kill(self) -> None:

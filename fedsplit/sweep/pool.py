@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, get_context
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
+from fedsplit.runtime import forks
 from fedsplit.sweep.work import Order, work
-from fedsplit.types import Scalar, split_names
+from fedsplit.types import Scalar
 
-# What runs import: this first, as it mends torchvision.
-IMPORTED = ["fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-# What runs with adapters import besides; it takes seconds.
-ADAPTERS = ["peft"]
+# What runs import.
+IMPORTED = ("fedsplit.sweep.work", "matplotlib.figure", "matplotlib.backends.backend_agg")
 HEARTBEAT_S = 1.0
 
 T = TypeVar("T")
@@ -103,17 +101,9 @@ def spread(
 
 
 def start(run: Any, order: Order) -> Child:
-    """Begin an order in a new process; `run` is whatever the caller knows it by.
-
-    On the CPU it is forked from a process that has imported what runs import, and has done nothing else: a
-    fork of one that has used torch's threads, or the GPU, may hang.
-    """
+    """Begin an order in a new process; `run` is whatever the caller knows it by."""
     os.environ["OMP_NUM_THREADS"] = "1"  # the new process reads it when it imports torch
-    if order.values["device"] == "cpu" and sys.platform == "linux":
-        context: Any = get_context("forkserver")
-        ready([order.values])
-    else:
-        context = get_context("spawn")
+    context = forks.context(order.values, IMPORTED)
     reply, send = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(order, send))
     process.start()
@@ -122,17 +112,5 @@ def start(run: Any, order: Order) -> Child:
 
 
 def ready(runs: Iterable[Mapping[str, Scalar]]) -> None:
-    """Begin the process that imports once for all runs, if it is not there yet; does not wait for it.
-
-    `runs` are the values of the first of them, or of all: whether they have adapters decides what it imports.
-    """
-    adapters = any("lora" in split_names(str(values["body.edits"])) for values in runs)
-    forkserver.set_forkserver_preload([*IMPORTED, *(ADAPTERS if adapters else ())])
-    kept = dict(os.environ)
-    # It is a `python -c`, which would import from the working directory before all else.
-    os.environ.update(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
+    """Begin the process that imports once for all runs; see `forks.ready`."""
+    forks.ready(runs, IMPORTED, OMP_NUM_THREADS="1")

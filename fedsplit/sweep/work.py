@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 from fedsplit import audit, experiment
 from fedsplit.config import resolve
 from fedsplit.progress import Silent
+from fedsplit.runtime import forks
 from fedsplit.runtime.inprocess import runner
 from fedsplit.sweep import folders
 from fedsplit.types import FedsplitError, Scalar
@@ -71,7 +69,7 @@ class Unwatched:
 def work(order: Order, reply: Connection) -> None:
     """One run, in its process: sends an error's text, or an empty one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, too, and ends its children
-    leash()
+    forks.leash()
     reply.send(attempt(order))
 
 
@@ -124,20 +122,6 @@ def attack(path: str | Path, suite: str, pairs: Sequence[str]) -> str:
     found = audit.run(target, Path(path).resolve() / "audit", {}, Unwatched())
     ssim = found["worst_ssim"]
     return "no attack on images" if ssim is None else f"worst SSIM {ssim:.3f} ({found['worst_attack']})"
-
-
-def leash() -> threading.Thread:
-    """End this process as soon as the one that began it is gone: the same command again writes to the same folder."""
-    thread = threading.Thread(target=_outlive_nobody, daemon=True)
-    thread.start()
-    return thread
-
-
-def _outlive_nobody() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 @contextmanager

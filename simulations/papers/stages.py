@@ -13,6 +13,7 @@ from typing import Any
 
 from fedsplit import harden
 from fedsplit.config import resolve
+from fedsplit.runtime import forks
 from fedsplit.sweep import work
 from fedsplit.sweep.folders import worst as found
 from fedsplit.types import FedsplitError, Scalar
@@ -86,7 +87,7 @@ def _each(tasks: Mapping[str, tuple[Any, ...]], jobs: int, word: str, say: Say) 
     os.environ["OMP_NUM_THREADS"] = "1"  # the new processes read it when they import torch
     failed: dict[str, str] = {}
     begun = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=work.leash) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=forks.leash) as pool:
         futures: dict[Future[str], str] = {pool.submit(*task): name for name, task in tasks.items()}
         for number, future in enumerate(as_completed(futures), 1):
             name = futures[future]
