@@ -40,9 +40,14 @@ NANO: dict[str, Scalar] = {
 }
 
 
-# Scores and personal layers at the clients, personal layers at the server, a bandit's choices.
+# Scores, chosen samples and personal layers at the clients, personal layers at the server, a bandit's choices.
 BODY: dict[str, Scalar] = {
     "cut.front": 1,
+    "front.edits": "prompts",
+    "local.phases": "self-update",
+    "local.self-update.epochs": 1,
+    "data.select": "el2n",
+    "data.el2n.once": True,
     "body.plans": "knapsack,layerdrop",
     "body.knapsack.refresh": 2,
     "share.partial": "ptls",
