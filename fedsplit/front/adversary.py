@@ -70,7 +70,9 @@ class Adversary:
             memory = self._learn(net, h.detach(), target, memory)
             if int(memory["age"]) <= self.warmup:
                 return h.new_zeros(()), memory
-            return self.beta * self._term(_guess(net, _weights(memory), h), target), memory
+            term = self._term(_guess(net, _weights(memory), h), target)
+        # A hinge that asks for nothing has gradients of zeros, and they would cost a backward pass of the decoder.
+        return (self.beta * term if term else h.new_zeros(())), memory
 
     def _decoder(self, front: Part, x: Tensor, h: Tensor) -> nn.Module:
         shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
