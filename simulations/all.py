@@ -50,7 +50,10 @@ WITHOUT: tuple[tuple[str, str, Pairs, Pairs | None], ...] = (
     ("merge", "merging of tokens", ("front.edits=prompts",), ("front.edits=",)),
     ("prompts", "SFPrompt: prompts", ("front.edits=merge", "train=lora,head"), ()),
     ("el2n", "SFPrompt: EL2N, all samples kept", ("data.select=",), ()),
-    ("local", "SFPrompt: the local phase", ("local.phases=", "local.head=auto", "data.select=random"), ()),
+    (
+        "local", "SFPrompt: the local phase",  # without it nothing is scored: as many samples, at random
+        ("local.phases=", "local.head=auto", "data.select=random", "data.random.keep=0.9"), (),
+    ),
     ("lora", "adapters: the body frozen", ("train=prompts,head", "body.edits=", "body.plans="), ()),
     ("d2ft", "D2FT: units by their scores", ("body.plans=layerdrop",), ()),
     ("droppeft", "DropPEFT: blocks at random", ("body.plans=knapsack",), ()),
