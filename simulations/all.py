@@ -51,7 +51,7 @@ WITHOUT: tuple[tuple[str, str, Pairs, Pairs | None], ...] = (
     ("prompts", "SFPrompt: prompts", ("front.edits=merge", "train=lora,head"), ()),
     ("el2n", "SFPrompt: EL2N, all samples kept", ("data.select=",), ()),
     (
-        "local", "SFPrompt: the local phase",  # without it nothing is scored: as many samples, at random
+        "local", "SFPrompt: the local phase",  # the tail that scores samples is its work: as many at random
         ("local.phases=", "local.head=auto", "data.select=random", "data.random.keep=0.9"), (),
     ),
     ("lora", "adapters: the body frozen", ("train=prompts,head", "body.edits=", "body.plans="), ()),
