@@ -45,6 +45,7 @@ BODY: dict[str, Scalar] = {
     "cut.front": 1,
     "front.edits": "prompts",
     "local.phases": "self-update",
+    "local.head": "auxiliary",
     "local.self-update.epochs": 1,
     "data.select": "el2n",
     "data.el2n.once": True,
